@@ -1,0 +1,355 @@
+"""Pretrain the embedded pair, stage by stage, on a CPU or a GPU.
+
+    python data/emoji/pretrain.py vae
+    ...
+"""
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from safetensors.torch import load_file
+
+from model import load_checkpoint, save_checkpoint, save_tensors
+from world import World, save_grid, words
+
+
+def run(name, args, modules, optimizers, step, preview):
+    """Call `step(i, generator) -> {loss name: tensor}` args.steps times; log, preview, checkpoint and resume.
+
+    A batch depends on the seed and the step alone, so a killed run goes on as if nothing had happened.
+    """
+    folder = Path(args.work) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.safetensors"
+    first = load_checkpoint(path, modules, optimizers)["step"] if path.exists() else 0
+    stop = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: stop.append(1))
+    log = open(folder / "log.txt", "a", buffering=1)
+    sums, start = {}, time.time()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5)
+    for i in bar:
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, args.steps)
+        losses = step(i, torch.Generator().manual_seed(args.seed * 1_000_003 + i))
+        for k, v in losses.items():
+            sums.setdefault(k, []).append(v.detach())
+        if (i + 1) % args.log_every == 0:
+            means = {k: torch.stack(v).float().mean().item() for k, v in sums.items()}
+            line = " ".join(f"{k} {v:.4f}" for k, v in means.items())
+            log.write(f"step {i + 1} {line} sec {time.time() - start:.0f}\n")
+            bar.set_postfix_str(line)
+            sums = {}
+        if (i + 1) % args.save_every == 0 or i + 1 == args.steps or stop:
+            save_checkpoint(path, modules, optimizers, {"step": i + 1})
+            save_grid(preview(), folder / "preview.png")
+        if stop:
+            sys.exit(130)
+    return folder
+
+
+def trapezoid(i, steps, warmup=200, decay=.3):
+    """Learning-rate factor: linear warm-up, constant, linear decay over the last part; steps may be raised on resume."""
+    return min(1, (i + 1) / warmup, (1 - i / steps) / decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer and encoders
+
+def build_tokenizer(folder):
+    """A CLIP byte-pair tokenizer in which every word of the world is one token; saved to and loaded from `folder`."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    folder = Path(folder)
+    if not (folder / "vocab.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator([w + " " + w for w in words()] * 2, trainers.BpeTrainer(
+            vocab_size=4096, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+        bpe.model.save(str(folder))
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        for token in [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]:
+            vocab.setdefault(token, len(vocab))
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=24)
+        tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_text(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=24, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
+
+
+def build_vision(family):
+    """Training encoders are ResNets with batch norm, judges are ConvNeXts: no shared architecture, seed or data order."""
+    from transformers import ConvNextV2Config, ConvNextV2Model, ResNetConfig, ResNetModel
+    if family == "train":
+        return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 2, 2], layer_type="basic"))
+    return ConvNextV2Model(ConvNextV2Config(hidden_sizes=[48, 96, 192], depths=[2, 2, 2], num_stages=3))
+
+
+def contrast(a, b, scale):
+    """Symmetric InfoNCE of matching rows (B, d); scale is the log of the inverse temperature."""
+    logits = scale.exp().clamp(max=100) * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, (logits.argmax(1) == target).float().mean()
+
+
+def train_encoder(args):
+    """Stages clip, identity (training family) and judge_clip, judge_identity (judges)."""
+    judge, with_text = args.stage.startswith("judge"), args.stage.endswith("clip")
+    args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40}[args.stage]
+    torch.manual_seed(args.seed)
+    world = World("pretrain" if with_text else "pretrain+extra")
+    tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
+    width = 192
+    modules = {"vision": build_vision("judge" if judge else "train"), "image": nn.Linear(width, 128, bias=False)}
+    if with_text:
+        modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
+    scale = nn.Parameter(torch.tensor(2.6))
+    parameters = [p for m in modules.values() for p in m.parameters()] + [scale]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=.02, fused=True)
+
+    def embed(images):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and not judge):  # ConvNeXt is faster in fp32
+            features = modules["vision"](images).last_hidden_state
+        return modules["image"](features.float().mean((2, 3)))
+
+    def step(i, g):
+        if with_text:
+            batch = world.sample(args.batch, g)
+            ids = tokenizer(batch.captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            a, b = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output)
+        else:
+            a, b = embed(world.individuals(args.batch, g).flatten(0, 1)).chunk(2)
+        loss, accuracy = contrast(a, b, scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "accuracy": accuracy}
+
+    run(args.stage, args, modules | {"scale": {"scale": scale}}, {"adamw": optimizer}, step, lambda: torch.zeros(1, 3, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Autoencoder: 64 px -> 24 x 8 x 8. The code is linear and known before any training: the 24 principal components of
+# 8 x 8 patches (26 dB when decoded linearly). The encoder learns to compute it, the decoder to read it better than a
+# matrix does, and the diffusion networks need not wait for either.
+
+CHANNELS, PATCH, SCALING = 24, 8, 4.0
+
+
+def principal_components(args):
+    """{basis (24, 3, 8, 8), mean (24,)}: z = conv2d(x, basis, stride 8) - mean has unit mean variance."""
+    path = Path(args.work) / "pca.safetensors"
+    if not path.exists():
+        x = World("pretrain+extra").sample(4096, torch.Generator().manual_seed(7)).images
+        patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
+        scale = values ** -.25  # half-way to white: fine detail stays quieter than colour, so it is denoised last
+        scale /= (values * scale ** 2).mean().sqrt()
+        basis = (vectors * scale).T
+        save_tensors(path, {"basis": basis.view(CHANNELS, 3, PATCH, PATCH).float(), "mean": (basis @ mean).float()})
+    return load_file(path)
+
+
+def to_latents(pca, x):
+    """Images (B, 3, 64, 64) in [-1, 1] to diffusion latents (B, 24, 8, 8)."""
+    return F.conv2d(x, pca["basis"], stride=PATCH) - pca["mean"].view(1, -1, 1, 1)
+
+
+def edges(x):
+    """Horizontal and vertical differences of (B, C, H, W), flattened into one row per image."""
+    return torch.cat([(x[..., 1:] - x[..., :-1]).flatten(1), (x[..., 1:, :] - x[..., :-1, :]).flatten(1)], 1)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return -10 * (F.mse_loss(a, b) / 4).log10()
+
+
+def build_vae():
+    from diffusers import AutoencoderTiny
+    vae = AutoencoderTiny(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+                          num_encoder_blocks=(1, 1, 1, 1), latent_channels=CHANNELS, scaling_factor=SCALING)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def follow(ema, model, step, decay=.999):
+    """One step of the exponential moving average of the parameters."""
+    decay = min(decay, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+def train_vae(args):
+    torch.manual_seed(args.seed)
+    vae, ema, world, pca = build_vae(), build_vae().requires_grad_(False), World("pretrain+extra"), principal_components(args)
+    ema.load_state_dict(vae.state_dict())
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
+    fixed = world.sample(32, torch.Generator().manual_seed(1)).images
+
+    def step(i, g):
+        x = world.sample(args.batch, g).images.contiguous(memory_format=torch.channels_last)
+        z = to_latents(pca, x)
+        noisy = (z + .07 * torch.randn(z.shape, generator=g)) / SCALING
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            code = vae.encoder(x)
+            out = vae.decode(noisy).sample
+        code, out = code.float(), out.float()
+        encoding, l1, edge = F.mse_loss(code * SCALING, z), F.l1_loss(out, x), F.l1_loss(edges(out), edges(x))
+        loss = encoding + 4 * l1 + 4 * edge
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        follow(ema, vae, i, .998)
+        return {"encoding": encoding, "l1": l1, "edge": edge, "psnr": psnr(out, x)}
+
+    @torch.no_grad()
+    def preview():
+        z = to_latents(pca, fixed)
+        exact, learned = (ema.decode(c).sample for c in (z / SCALING, ema.encoder(fixed)))
+        print(f"psnr {psnr(exact, fixed):.2f} with the learned encoder {psnr(learned, fixed):.2f}", flush=True)
+        return torch.stack([fixed, exact, learned], 1).flatten(0, 1)
+
+    run("vae", args, {"vae": vae, "ema": ema}, {"vae": optimizer}, step, preview)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Teacher: v-prediction on Stable Diffusion's schedule. One trunk, two heads: v for the teacher, epsilon to start the
+# student from, so that the student need not learn to copy its input to one part in a hundred.
+
+def build_unet(channels=CHANNELS):
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=CHANNELS, out_channels=channels, block_out_channels=(96, 144), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+    unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
+    return unet
+
+
+def alphas_cumprod():
+    """(1000,) of Stable Diffusion's scaled-linear schedule."""
+    return torch.cumprod(1 - torch.linspace(.00085 ** .5, .012 ** .5, 1000) ** 2, 0)
+
+
+def train_teacher(args):
+    torch.manual_seed(args.seed)
+    world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
+    unet, text = build_unet(2 * CHANNELS), build_text(tokenizer)
+    clip = Path(args.work) / "clip" / "checkpoint.safetensors"
+    if clip.exists():
+        text.load_state_dict({k[5:]: v for k, v in load_file(clip).items() if k.startswith("text/")})
+        print("text encoder starts from the clip stage")
+    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(tokenizer)]).requires_grad_(False)
+    both = nn.ModuleList([unet, text])
+    ema.load_state_dict(both.state_dict())
+    optimizer = torch.optim.AdamW(both.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=.01, fused=True)
+    bar = alphas_cumprod()
+
+    def tokens(captions):
+        return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def step(i, g):
+        batch = world.sample(args.batch, g)
+        n = args.batch
+        dropped = torch.rand(n, generator=g) < .1
+        ids = tokens(["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
+        z, eps = to_latents(pca, batch.images), torch.randn(n, CHANNELS, 8, 8, generator=g)
+        t = torch.sigmoid(torch.randn(n, generator=g) - .3)
+        t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
+        t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
+        a = bar[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - a ** 2).sqrt()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            out = unet(a * z + s * eps, t, text(ids).last_hidden_state).sample
+        v, e = out.float().chunk(2, 1)
+        loss_v = (v - (a * eps - s * z)).square().mean()
+        loss_e = ((e - eps).square() / a.square().clamp(min=.05)).mean()  # in units of v, capped at high noise
+        optimizer.zero_grad()
+        (loss_v + .15 * loss_e).backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        follow(ema, both, i, .9985)
+        return {"v": loss_v, "eps": loss_e}
+
+    fixed = world.sample(24, torch.Generator().manual_seed(5))
+    ids, empty = tokens(fixed.captions), tokens([""] * 24)
+    noise = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6))
+
+    @torch.no_grad()
+    def preview():
+        both.eval()
+        z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
+        return torch.stack([fixed.images, show(args, pca, z)], 1).flatten(0, 1)
+
+    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, step, preview)
+
+
+def ddim(unet, noise, text, empty, steps, guidance):
+    """Deterministic DDIM of the v head from pure noise with classifier-free guidance; returns z (B, 24, 8, 8)."""
+    bar, z = alphas_cumprod(), noise
+    times = torch.linspace(999, 0, steps + 1).round().long()
+    for now, then in zip(times[:-1], times[1:]):
+        v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample[:, :CHANNELS].float()
+        v, v0 = v.chunk(2)
+        v = v0 + guidance * (v - v0)
+        a, s = bar[now].sqrt(), (1 - bar[now]).sqrt()
+        x0, eps = a * z - s * v, s * z + a * v
+        b = bar[then] if then > 0 else torch.tensor(1.0)
+        z = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    return z
+
+
+def show(args, pca, z):
+    """Decode with the autoencoder if its stage has run, else linearly."""
+    path = Path(args.work) / "vae" / "checkpoint.safetensors"
+    if path.exists():
+        vae = build_vae()
+        vae.load_state_dict({k[4:]: v for k, v in load_file(path).items() if k.startswith("ema/")})
+        return vae.decode(z / SCALING).sample
+    flat = pca["basis"].flatten(1)
+    return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), torch.linalg.pinv(flat).T.view_as(pca["basis"]), stride=PATCH)
+
+
+STAGES = {"vae": train_vae, "teacher": train_teacher} | dict.fromkeys(["clip", "identity", "judge_clip", "judge_identity"], train_encoder)
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("stage", choices=STAGES)
+    p.add_argument("--work", default=str(HERE / "work"), help="folder for checkpoints, logs and previews")
+    p.add_argument("--guidance", type=float, default=3.0)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log_every", type=int, default=50)
+    p.add_argument("--save_every", type=int, default=200)
+    p.add_argument("--threads", type=int, default=2)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    STAGES[args.stage](args)

@@ -1,0 +1,426 @@
+"""The emoji world: pictures of known content and plain-English captions, composed on the fly.
+
+    world = World("pretrain")                       # or "extra", "held_out"; several with "pretrain+extra"
+    batch = world.sample(64, torch.Generator().manual_seed(0))
+    batch.images                                    # (64, 3, 64, 64) in [-1, 1]
+    batch.captions[0]                               # "a blue dog next to a cup on the beach"
+
+The grammar of captions (brackets: optional; every word the base ever reads is here or in sprites.json):
+
+    caption  = [medium] subject ["next to a" object] [place]
+    medium   = "a photo of" | "a picture of" | "a close-up photo of" | "a flat drawing of"
+    subject  = "a" [size] [colour | "spotted"] noun          size = "small" | "big"
+    object   = [colour] noun
+    place    = SCENES | "on a" colour "background"
+
+A flat drawing shows Twemoji's individual, anything else Fluent's. Where a caption names no colour, the subject
+keeps its own up to a small unnamed jitter; where it names no place, the place is any. `python data/emoji/world.py`
+prints the speed and draws a grid.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).parent
+SIZE, TILE, VARIANTS = 64, 64, 48
+COLOURS = {  # mid tone of each named colour, RGB in [0, 1]
+    "red": (.85, .15, .15), "orange": (.95, .55, .10), "yellow": (.97, .85, .20), "green": (.20, .65, .25),
+    "blue": (.15, .40, .90), "purple": (.55, .25, .75), "pink": (.97, .55, .75), "brown": (.50, .32, .18),
+    "black": (.10, .10, .12), "white": (.95, .95, .95), "gray": (.55, .55, .57),
+}
+SCENES = ["on the beach", "in the snow", "at night", "in the forest", "in the desert", "in the city", "under water",
+          "on the grass", "in space", "in front of a brick wall", "on a wooden floor", "at sunset", "in the mountains",
+          "in the rain"]
+PLACES = SCENES + [f"on a {c} background" for c in COLOURS]  # place number -> words
+MEDIA = ["", "a photo of ", "a picture of ", "a close-up photo of ", "a flat drawing of "]
+CLOSE_UP, FLAT = 3, 4
+SIZES = {"": (36, 50), "small": (22, 30), "big": (50, 60), "close-up": (52, 64), "beside": (25, 33)}  # pixels of 64
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Backgrounds: each scene is a few strokes on a 2x canvas; VARIANTS of each are drawn once.
+
+def gradient(top, bottom, rng, jitter=0.05):
+    """(2 SIZE, 2 SIZE, 3) picture fading from colour `top` to `bottom`, both in [0, 1]."""
+    t = np.linspace(0, 1, 2 * SIZE)[:, None, None]
+    top, bottom = (np.array(c) + rng.uniform(-jitter, jitter, 3) for c in (top, bottom))
+    return np.broadcast_to((1 - t) * top + t * bottom, (2 * SIZE, 2 * SIZE, 3)).copy()
+
+
+def ground(picture, horizon, top, bottom, rng, noise=0.03):
+    """Paint everything below row `horizon` (fraction of the height) with a grainy gradient."""
+    row = int(horizon * 2 * SIZE)
+    grain = rng.normal(0, noise, (SIZE, SIZE, 1)).repeat(2, 0).repeat(2, 1)
+    picture[row:] = (gradient(top, bottom, rng) + grain)[row:]
+    return picture
+
+
+def draw(picture, strokes):
+    """Let `strokes(pen, width)` draw with PIL on the picture."""
+    image = Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
+    strokes(ImageDraw.Draw(image), 2 * SIZE)
+    return np.asarray(image) / 255.0
+
+
+def tone(rng, colour, jitter=18):
+    return tuple(int(np.clip(c + rng.integers(-jitter, jitter + 1), 0, 255)) for c in colour)
+
+
+def dots(rng, n, colour, radius):
+    def strokes(pen, w):
+        for x, y, r in zip(rng.uniform(0, w, n), rng.uniform(0, w, n), rng.uniform(*radius, n)):
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=tone(rng, colour))
+    return strokes
+
+
+def scene(name, rng):
+    """One variant of a scene as (2 SIZE, 2 SIZE, 3) in [0, 1]."""
+    u = rng.uniform
+    if name == "on the beach":
+        p = ground(gradient((.45, .75, .98), (.75, .9, 1), rng), u(.30, .42), (.1, .5, .8), (.2, .65, .85), rng)
+        return ground(p, u(.52, .64), (.95, .85, .6), (.9, .75, .5), rng)
+    if name == "in the snow":
+        p = ground(gradient((.75, .83, .93), (.88, .92, .97), rng), u(.45, .6), (.97, .98, 1), (.88, .92, .98), rng, .01)
+        return draw(p, dots(rng, 45, (250, 250, 255), (.8, 2.2)))
+    if name == "at night":
+        p = ground(gradient((.03, .04, .16), (.10, .12, .32), rng, .02), u(.72, .82), (.05, .09, .12), (.03, .05, .08), rng, .01)
+        p = draw(p, dots(rng, 22, (235, 235, 210), (.6, 1.4)))
+        x, y = u(12, 116), u(10, 30)
+        return draw(p, lambda pen, w: pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=(250, 240, 190)))
+    if name == "in the forest":
+        p = ground(gradient((.10, .35, .18), (.16, .42, .2), rng), u(.7, .8), (.22, .34, .12), (.15, .25, .08), rng)
+
+        def trunks(pen, w):
+            for x in rng.uniform(0, w, 7):
+                pen.rectangle((x, 0, x + u(4, 10), w * u(.7, .85)), fill=tone(rng, (80, 55, 30)))
+            for x, y, r in zip(u(0, w, 12), u(-10, 36, 12), u(8, 18, 12)):
+                pen.ellipse((x - r, y - r, x + r, y + r), fill=tone(rng, (35, 105, 45)))
+        return draw(p, trunks)
+    if name == "in the desert":
+        p = gradient((.98, .82, .5), (1, .92, .7), rng)
+        x, phase = np.arange(2 * SIZE), u(0, 6.3, 3)
+        rows = np.arange(2 * SIZE)[:, None]
+        for i, colour in enumerate([(.93, .66, .34), (.87, .57, .27), (.8, .5, .22)]):
+            crest = 2 * SIZE * (.5 + .16 * i) + 7 * np.sin(x / u(14, 24) + phase[i])
+            p[rows > crest] = np.array(colour) + u(-.03, .03)
+        return p
+    if name == "in the city":
+        p = gradient((.6, .75, .9), (.8, .86, .92), rng)
+
+        def buildings(pen, w):
+            x = -u(0, 14)
+            while x < w:
+                width, top, c = u(18, 30), w * u(.15, .5), tone(rng, (120, 120, 135), 30)
+                pen.rectangle((x, top, x + width, w), fill=c)
+                for wy in np.arange(top + 5, w * .78, 9):
+                    for wx in np.arange(x + 4, x + width - 5, 8):
+                        pen.rectangle((wx, wy, wx + 3, wy + 4), fill=(250, 225, 140) if u() < .5 else (70, 75, 95))
+                x += width + 1
+            pen.rectangle((0, w * .8, w, w), fill=tone(rng, (85, 85, 90)))
+        return draw(p, buildings)
+    if name == "under water":
+        p = gradient((.15, .6, .85), (.02, .2, .5), rng)
+
+        def bubbles(pen, w):
+            for x, y, r in zip(u(0, w, 12), u(0, w, 12), u(2, 6, 12)):
+                pen.ellipse((x - r, y - r, x + r, y + r), outline=(190, 230, 250), width=2)
+        return draw(p, bubbles)
+    if name == "on the grass":
+        p = ground(gradient((.5, .78, .98), (.8, .92, 1), rng), u(.38, .52), (.42, .75, .25), (.25, .58, .15), rng, .05)
+
+        def blades(pen, w):
+            for x, y in zip(u(0, w, 45), u(w * .55, w, 45)):
+                pen.line((x, y, x + u(-2, 2), y - u(4, 9)), fill=tone(rng, (60, 140, 40), 25), width=2)
+        return draw(p, blades)
+    if name == "in space":
+        p = gradient((.02, .0, .06), (.05, .02, .12), rng, .015)
+        yy, xx = np.mgrid[0:1:128j, 0:1:128j]
+        cloud = np.exp(-((xx - u(.2, .8)) ** 2 + (yy - u(.2, .8)) ** 2) / u(.05, .12))[..., None]
+        p = draw(p + cloud * np.array([.35, .08, .45]), dots(rng, 45, (230, 230, 255), (.5, 1.5)))
+        x, y, r = u(10, 118), u(8, 40), u(6, 12)
+        return draw(p, lambda pen, w: pen.ellipse((x - r, y - r, x + r, y + r), fill=tone(rng, (215, 140, 90), 30)))
+    if name == "in front of a brick wall":
+        p = gradient((.72, .68, .64), (.66, .62, .58), rng, .02)
+        shift = u(0, 30)
+
+        def bricks(pen, w):
+            for row, y in enumerate(range(-4, w, 15)):
+                for x in np.arange(-shift - 17 * (row % 2) - 34, w, 34):
+                    pen.rectangle((x, y, x + 31, y + 12), fill=tone(rng, (170, 78, 58), 16))
+        return draw(p, bricks)
+    if name == "on a wooden floor":
+        p = gradient((.7, .48, .28), (.62, .42, .22), rng)
+
+        def planks(pen, w):
+            for y in range(0, w, 18):
+                pen.rectangle((0, y, w, y + 16), fill=tone(rng, (186, 132, 80), 14))
+                for _ in range(2):
+                    x = u(0, w)
+                    pen.line((x, y, x, y + 16), fill=(110, 70, 40), width=2)
+                pen.line((0, y + 17, w, y + 17), fill=(110, 70, 40), width=2)
+        return draw(p, planks)
+    if name == "at sunset":
+        p = gradient((.45, .2, .5), (1, .6, .3), rng)
+        row = u(.6, .72)
+        x, r = u(25, 103), u(14, 20)
+        p = draw(p, lambda pen, w: pen.ellipse((x - r, row * w - r, x + r, row * w + r), fill=(255, 225, 120)))
+        return ground(p, row, (.55, .25, .4), (.25, .12, .3), rng, .02)
+    if name == "in the mountains":
+        p = gradient((.5, .72, .95), (.82, .9, .98), rng)
+
+        def peaks(pen, w):
+            for x in np.linspace(-10, w + 10, 4) + u(-12, 12, 4):
+                h, half, c = w * u(.12, .34), u(34, 50), tone(rng, (110, 115, 130))
+                foot = w * .82
+                pen.polygon([(x, h), (x - half, foot), (x + half, foot)], fill=c)
+                pen.polygon([(x, h), (x - half * .3, h + (foot - h) * .3), (x + half * .3, h + (foot - h) * .3)],
+                            fill=(245, 248, 252))
+            pen.rectangle((0, w * .8, w, w), fill=tone(rng, (95, 140, 80)))
+        return draw(p, peaks)
+    if name == "in the rain":
+        p = gradient((.38, .42, .48), (.55, .58, .62), rng)
+
+        def drops(pen, w):
+            for x, y in zip(u(0, w, 48), u(-8, w, 48)):
+                pen.line((x, y, x - 4, y + 12), fill=(170, 195, 225), width=2)
+        return draw(p, drops)
+    raise ValueError(f"no scene is called {name!r}")
+
+
+def flat_background(colour, rng):
+    """A plain background: one colour with a little jitter and light from above."""
+    base = np.array(COLOURS[colour])
+    light = rng.uniform(.0, .10)
+    return gradient(base + light, base - light, rng, .03)
+
+
+def backgrounds():
+    """(len(PLACES), VARIANTS, 3, SIZE, SIZE) uint8: the bank of pre-drawn places."""
+    bank = np.empty((len(PLACES), VARIANTS, SIZE, SIZE, 3), np.uint8)
+    for i, place in enumerate(PLACES):
+        for v in range(VARIANTS):
+            rng = np.random.default_rng((i, v))
+            picture = scene(place, rng) if i < len(SCENES) else flat_background(list(COLOURS)[i - len(SCENES)], rng)
+            bank[i, v] = picture.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).clip(0, 1) * 255
+    return torch.from_numpy(bank).permute(0, 1, 4, 2, 3).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sprites
+
+def load_sprites(splits):
+    """Entries of sprites.json in the given splits, and their tiles (N, 4, TILE, TILE) uint8 RGBA."""
+    entries = json.loads((HERE / "sprites.json").read_text(encoding="utf-8"))
+    sheet = np.asarray(Image.open(HERE / "sprites.webp"))
+    rows, columns = sheet.shape[0] // TILE, sheet.shape[1] // TILE
+    tiles = sheet.reshape(rows, TILE, columns, TILE, 4).swapaxes(1, 2).reshape(-1, TILE, TILE, 4)
+    keep = [i for i, e in enumerate(entries) if e["split"] in splits]
+    return [entries[i] for i in keep], torch.from_numpy(tiles[keep]).permute(0, 3, 1, 2).contiguous()
+
+
+def recolour(rgb, colour):
+    """Dye sprites (B, 3, H, W) with mid tones (B, 3), keeping light and shadow; all in [0, 1]."""
+    luma = (rgb * rgb.new_tensor([.299, .587, .114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    colour = colour[:, :, None, None]
+    return torch.where(luma < .6, colour * luma / .6, colour + (1 - colour) * (luma - .6) / .4 * .8)
+
+
+def hue_jitter(rgb, hue, saturation, value):
+    """Rotate hue (radians) and scale saturation and value of sprites (B, 3, H, W) in [0, 1]; factors are (B,)."""
+    c, s = hue.cos() * saturation, hue.sin() * saturation / math.sqrt(3)
+    eye = torch.eye(3).expand(len(c), 3, 3)
+    third = torch.full((1, 3, 3), 1 / 3)
+    skew = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]])
+    turn = third + c[:, None, None] * (eye - third) + s[:, None, None] * skew
+    return (torch.einsum("bij,bjhw->bihw", turn * value[:, None, None], rgb)).clamp(0, 1)
+
+
+def paint(canvas, rgba, pixels, centre, angle, flip):
+    """Draw sprites (B, 4, TILE, TILE) on canvases (B, 3, SIZE, SIZE), all in [0, 1].
+
+    pixels (B,) is the drawn size, centre (B, 2) in [-1, 1], angle (B,) in radians, flip (B,) bool.
+    """
+    c, s = angle.cos() * SIZE / pixels, angle.sin() * SIZE / pixels
+    sign = torch.where(flip, -1.0, 1.0)
+    theta = torch.stack([torch.stack([c * sign, s * sign], 1), torch.stack([-s, c], 1)], 1)  # (B, 2, 2)
+    theta = torch.cat([theta, -theta @ centre[:, :, None]], 2)
+    grid = F.affine_grid(theta, (len(rgba), 4, SIZE, SIZE), align_corners=False)
+    drawn = F.grid_sample(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1), grid, align_corners=False)
+    return canvas * (1 - drawn[:, 3:]) + drawn[:, :3]
+
+
+@dataclass
+class Batch:
+    images: torch.Tensor  # (B, 3, SIZE, SIZE) in [-1, 1]
+    captions: list        # B sentences of the grammar
+    sprite: torch.Tensor  # (B,) index into World.entries
+    noun: torch.Tensor    # (B,) index into World.nouns
+    place: torch.Tensor   # (B,) index into PLACES, drawn whether or not the caption names it
+    colour: torch.Tensor  # (B,) index into COLOURS of a recoloured subject, -1 otherwise
+    beside: torch.Tensor  # (B,) index into World.nouns of a second object, -1 where there is none
+
+
+class World:
+    """Composes pictures from the sprites of one or more splits ("pretrain+extra").
+
+    p   probabilities of the grammar's optional parts
+    """
+    P = {"colour": .22, "spotted": .08, "size": .2, "beside": .15, "place": .9, "medium": .4}
+
+    def __init__(self, splits="pretrain", p=None):
+        self.entries, tiles = load_sprites(splits.split("+"))
+        self.sprites = tiles.float() / 255
+        self.bank = backgrounds()
+        self.nouns = sorted({e["class"] for e in self.entries})
+        self.noun_of = torch.tensor([self.nouns.index(e["class"]) for e in self.entries])
+        self.is_flat = torch.tensor([e["style"] == "flat" for e in self.entries])
+        self.by_noun = [[torch.where((self.noun_of == n) & (self.is_flat == f))[0] for f in (False, True)]
+                        for n in range(len(self.nouns))]
+        self.palette = torch.tensor(list(COLOURS.values()))
+        self.p = {**self.P, **(p or {})}
+
+    def pick(self, nouns, flat, g):
+        """A sprite of each noun in the wanted style (or the other where there is none)."""
+        out = torch.empty(len(nouns), dtype=torch.long)
+        for i, (n, f, r) in enumerate(zip(nouns.tolist(), flat.tolist(), torch.rand(len(nouns), generator=g).tolist())):
+            options = self.by_noun[n][int(f)]
+            options = options if len(options) else self.by_noun[n][1 - int(f)]
+            out[i] = options[int(r * len(options))]
+        return out
+
+    def dress(self, sprite, g, colour=None, spotted=None, jitter=True):
+        """Individuals (B, 4, TILE, TILE) RGBA of the sprites: jittered, dyed (colour (B,) index or -1), spotted (B,)."""
+        n = len(sprite)
+        rgba = self.sprites[sprite]
+        rgb, alpha = rgba[:, :3], rgba[:, 3:]
+        if jitter:
+            u = torch.rand(3, n, generator=g)
+            rgb = hue_jitter(rgb, (u[0] - .5) * .5, .8 + .4 * u[1], .88 + .22 * u[2])
+        if colour is not None and (colour >= 0).any():
+            rows = torch.where(colour >= 0)[0]
+            rgb = rgb.index_copy(0, rows, recolour(rgb[rows], self.palette[colour[rows]]))
+        if spotted is not None and spotted.any():
+            rows = torch.where(spotted)[0]
+            field = F.interpolate(torch.rand(len(rows), 1, 7, 7, generator=g), size=TILE, mode="bicubic")
+            spots = ((field - .62) * 12).clamp(0, 1)
+            dye = recolour(rgb[rows], self.palette[torch.randint(len(COLOURS), (len(rows),), generator=g)])
+            rgb = rgb.index_copy(0, rows, rgb[rows] * (1 - spots) + dye * spots)
+        return torch.cat([rgb, alpha], 1)
+
+    def canvas(self, place, g):
+        """Empty places (B, 3, SIZE, SIZE) in [0, 1], a random variant of each, half of them mirrored."""
+        n = len(place)
+        canvas = self.bank[place, torch.randint(VARIANTS, (n,), generator=g)].float() / 255
+        return torch.where((torch.rand(n, generator=g) < .5)[:, None, None, None], canvas.flip(3), canvas)
+
+    def individuals(self, n, g):
+        """Two pictures each of n random individuals in different places, for instance discrimination.
+
+        Returns (2, n, 3, SIZE, SIZE) in [-1, 1].
+        """
+        sprite = torch.randint(len(self.entries), (n,), generator=g)
+        coin = torch.rand(n, generator=g)
+        colour = torch.where(coin < .2, torch.randint(len(COLOURS), (n,), generator=g), -1)
+        rgba = self.dress(sprite, g, colour, coin > .8)
+        views = []
+        for _ in range(2):
+            pixels = 24 + 36 * torch.rand(n, generator=g)
+            centre = (torch.rand(n, 2, generator=g) * 1.5 - .75) * (1 - pixels / SIZE)[:, None]
+            u = torch.rand(2, n, generator=g)
+            canvas = self.canvas(torch.randint(len(PLACES), (n,), generator=g), g)
+            views.append(paint(canvas, rgba, pixels, centre, u[0] * .5 - .25, u[1] < .5))
+        return torch.stack(views).clamp(0, 1) * 2 - 1
+
+    def sample(self, n, g, flat_share=.25, style=None):
+        """n pictures with captions, all randomness from the generator g; `style` forces "3d" or "flat"."""
+        def chance(p):
+            return torch.rand(n, generator=g) < p
+
+        def uniform(low, high):
+            return low + (high - low) * torch.rand(n, generator=g)
+
+        def number(k):
+            return torch.randint(k, (n,), generator=g)
+
+        flat = chance(flat_share) if style is None else torch.full((n,), style == "flat")
+        noun, place = number(len(self.nouns)), number(len(PLACES))
+        sprite = self.pick(noun, flat, g)
+        flat = self.is_flat[sprite]
+        medium = torch.where(chance(self.p["medium"]), 1 + number(3), 0)
+        medium = torch.where(flat, FLAT, medium)
+        beside = torch.where(chance(self.p["beside"]) & (medium != CLOSE_UP), number(len(self.nouns)), -1)
+        two = beside >= 0
+        size_word = torch.where(chance(self.p["size"]) & ~two & (medium != CLOSE_UP), 1 + number(2), 0)  # 0, small, big
+        kind = torch.where(two, 4, torch.where(medium == CLOSE_UP, 3, size_word))  # row of SIZES
+        low, high = torch.tensor(list(SIZES.values()), dtype=torch.float)[kind].unbind(1)
+        pixels = low + (high - low) * torch.rand(n, generator=g)
+        colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
+        spotted = chance(self.p["spotted"]) & (colour < 0)
+
+        canvas = self.canvas(place, g)
+        room = (1 - pixels / SIZE).clamp(min=.04)
+        side = torch.where(chance(.5), -1.0, 1.0)
+        x = torch.where(two, side * uniform(.42, .5), uniform(-.75, .75) * room)
+        y = torch.where(two, uniform(-.1, .35), uniform(-.4, .75) * room)
+        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, torch.stack([x, y], 1), uniform(-.2, .2),
+                       chance(.5))
+        other_colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
+        rows = torch.where(two)[0]
+        if len(rows):
+            other = self.pick(beside[rows], flat[rows], g)
+            spot = torch.stack([-side * uniform(.42, .5), uniform(-.1, .35)], 1)[rows]
+            rgba = self.dress(other, g, other_colour[rows])
+            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, uniform(25, 33)[rows], spot,
+                                                      uniform(-.2, .2)[rows], chance(.5)[rows]))
+
+        say_place = chance(self.p["place"])
+        names = list(COLOURS)
+        captions = []
+        for i, (m, z, c, sp, b, oc, pl, say) in enumerate(zip(*(t.tolist() for t in (
+                medium, size_word, colour, spotted, beside, other_colour, place, say_place)))):
+            words = ["", "small ", "big "][z] + (names[c] + " " if c >= 0 else "spotted " if sp else "")
+            text = f"{MEDIA[m]}{article(words + self.nouns[noun[i]])}"
+            if b >= 0:
+                text += " next to " + article((names[oc] + " " if oc >= 0 else "") + self.nouns[b])
+            captions.append(text + (" " + PLACES[pl] if say else ""))
+        return Batch(canvas.clamp(0, 1) * 2 - 1, captions, sprite, noun, place, colour, beside)
+
+
+def article(phrase):
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def words():
+    """Every word that captions can hold, for the tokenizer (sorted)."""
+    entries, _ = load_sprites(["pretrain"])
+    text = " ".join(PLACES + MEDIA + [e["class"] for e in entries]) + " a an small big spotted next to and the with"
+    return sorted(set(text.split()) | set(COLOURS))
+
+
+def save_grid(images, path, columns=8):
+    """Write images (N, 3, H, W) in [-1, 1] as one PNG."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    grid = torch.ones(rows * columns, 3, h, w)
+    grid[:n] = images.detach().float().cpu().clamp(-1, 1)
+    grid = grid.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
+    Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(path)
+
+
+if __name__ == "__main__":
+    import time
+    torch.set_num_threads(1)
+    world, g = World(), torch.Generator().manual_seed(0)
+    world.sample(64, g)
+    start = time.perf_counter()
+    for _ in range(20):
+        batch = world.sample(64, g)
+    print(f"{20 * 64 / (time.perf_counter() - start):.0f} images/s on one thread")
+    save_grid(batch.images, HERE / "world.png")
+    print("\n".join(batch.captions[:16]))
