@@ -1,10 +1,294 @@
-"""Checkpoints (more follows)."""
+"""The models of EchoDistill: a multi-step teacher and a one-step student around one text encoder, and the critics.
+
+    pair = load_pair("emoji", "<v>", "dog", device)
+    context = pair.text(["a <v> dog on the beach"])                  # (1, L, d)
+    z = pair.student.one_step(noise, context)                        # (1, C, h, w)
+    x = pair.decode(z)                                               # (1, 3, H, W) in [-1, 1]
+
+A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs.
+"""
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data.images import fail
+
+ROOT = Path(__file__).resolve().parent
+BASES = {"emoji": ROOT / "data" / "emoji" / "base"}
+RECIPES = {"emoji": dict(
+    train_unet="all", max_train_steps=300, train_batch_size=4, teacher_lr=1e-4, student_lr=5e-5, token_lr=2e-3, critic_lr=1e-4,
+    adversarial_weight=.1, scene_adversarial_weight=0., identity_weight=1., latent_weight=.5, swd_weight=.1, swd_projections=32,
+    guidance_scale=3., scene_prompts=.5, size_augmentation=False,
+    echo_steps=100, echo_samples=256, echo_keep=.25, echo_floor=.5, echo_share=.5)}
+
+
+def pick_device(name="auto"):
+    """(torch.device, the reason in words); "auto" prefers CUDA, then MPS, then the CPU."""
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name != "auto":
+        if not usable.get(name.split(":")[0]):
+            fail(f"--device {name} is not here; usable: auto, {', '.join(k for k, v in usable.items() if v)}")
+        return torch.device(name), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU found, no CUDA"
+    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One parametrisation inside: a Denoiser turns v- and epsilon-networks into x0 once; nothing else asks.
+
+class Denoiser(nn.Module):
+    """A UNet with its noise schedule; z_t = alpha_t x0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.unet, self.scheduler = unet, scheduler
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
+
+    @property
+    def last(self):
+        """The noisiest timestep, 999."""
+        return len(self.alphas_cumprod) - 1
+
+    def scales(self, t):
+        """alpha_t and sigma_t (B, 1, 1, 1) of timesteps t (B,)."""
+        bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return bar.sqrt(), (1 - bar).sqrt()
+
+    def add_noise(self, x0, eps, t):
+        alpha, sigma = self.scales(t)
+        return alpha * x0 + sigma * eps
+
+    def forward(self, z_t, t, context):
+        """Raw network output (B, C, h, w) in fp32."""
+        return self.unet(z_t, t, context).sample.float()
+
+    def target(self, x0, eps, t):
+        """What the raw output is trained to be: eps, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+        alpha, sigma = self.scales(t)
+        return eps if self.prediction_type == "epsilon" else alpha * eps - sigma * x0
+
+    def x0(self, z_t, t, context):
+        """The network's guess of the clean latent."""
+        alpha, sigma = self.scales(t)
+        out = self(z_t, t, context)
+        return (z_t - sigma * out) / alpha if self.prediction_type == "epsilon" else alpha * z_t - sigma * out
+
+    def guided_x0(self, z_t, t, context, empty, guidance):
+        """x0 with classifier-free guidance (Ho & Salimans 2022); empty is the context of the empty prompt."""
+        n = len(z_t)
+        both = self.x0(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([context, empty.expand(n, -1, -1)]))
+        with_prompt, without = both.chunk(2)
+        return without + guidance * (with_prompt - without)
+
+    def one_step(self, eps, context):
+        """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (method, turn 2)."""
+        t = torch.full((len(eps),), self.last, device=eps.device)
+        return self.x0(self.scales(t)[1] * eps, t, context)
+
+    @torch.no_grad()
+    def sample(self, noise, context, steps, empty=None, guidance=1.0):
+        """Sample with the base's own diffusers scheduler; noise (B, C, h, w) -> z."""
+        self.scheduler.set_timesteps(steps)
+        z = noise * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            inputs = self.scheduler.scale_model_input(z, t)
+            if guidance == 1:
+                out = self(inputs, t, context)
+            else:
+                out, without = self(torch.cat([inputs] * 2), t, torch.cat([context, empty.expand(len(z), -1, -1)])).chunk(2)
+                out = without + guidance * (out - without)
+            z = self.scheduler.step(out, t, z).prev_sample
+        return z
+
+
+class ConceptText(nn.Module):
+    """The shared text encoder, frozen but for one new row: the concept token.
+
+    The row starts as a copy of the class word's. A hook on the embedding table puts it in place, so the table itself
+    never enters an optimizer.
+    """
+
+    def __init__(self, tokenizer, encoder, token, class_word):
+        super().__init__()
+        self.tokenizer, self.encoder, self.token = tokenizer, encoder.requires_grad_(False), token
+        table = encoder.get_input_embeddings()
+        ids = tokenizer(class_word, add_special_tokens=False).input_ids
+        start = table.weight[ids].mean(0, keepdim=True).detach().clone()  # (1, d)
+        tokenizer.add_tokens(token)
+        self.token_id = tokenizer.convert_tokens_to_ids(token)
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        self.row = nn.Parameter(start)
+        encoder.get_input_embeddings().register_forward_hook(self.put_row)
+        encoder.requires_grad_(False)
+
+    def put_row(self, table, args, embedded):
+        return torch.where((args[0] == self.token_id)[..., None], self.row.to(embedded.dtype), embedded)
+
+    def forward(self, prompts):
+        """Prompts (list of B strings) to the context (B, L, d) that both UNets read."""
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.encoder(ids.to(self.row.device)).last_hidden_state
+
+
+@dataclass
+class Pair:
+    text: ConceptText
+    vae: nn.Module
+    teacher: Denoiser
+    student: Denoiser
+
+    @property
+    def latent_shape(self):
+        size, channels = self.student.unet.config.sample_size, self.student.unet.config.in_channels
+        return channels, size, size
+
+    @property
+    def resolution(self):
+        """Pixels along one side."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, x):
+        """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution."""
+        out = self.vae.encode(x)
+        z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+        return z.float() * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """Diffusion latents to images in about [-1, 1]; gradients pass."""
+        return self.vae.decode(z / self.vae.config.scaling_factor).sample.float()
+
+
+def load_tokenizer(base):
+    from transformers import CLIPTokenizer
+    return CLIPTokenizer.from_pretrained(Path(BASES.get(base, base)) / "teacher" / "tokenizer")
+
+
+def trainable_parameters(unet, which):
+    """{name: parameter} of a UNet that training moves: "kv" (paper), "attention" or "all"."""
+    def wanted(name):
+        return {"kv": ".attn2.to_k." in name or ".attn2.to_v." in name,
+                "attention": ".attn1." in name or ".attn2." in name, "all": True}[which]
+    return {n: p for n, p in unet.named_parameters() if wanted(n)}
+
+
+def load_pair(base, token, class_word, device="cpu"):
+    """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
+
+    Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTextModel
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    folder = Path(BASES.get(base, base))
+    teacher, student = folder / "teacher", folder / "student"
+    autoencoder = json.loads((teacher / "vae" / "config.json").read_text())["_class_name"]
+    vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[autoencoder].from_pretrained(teacher / "vae", low_cpu_mem_usage=False)
+    denoisers = [Denoiser(UNet2DConditionModel.from_pretrained(f / "unet", low_cpu_mem_usage=False).float(), s.from_pretrained(f / "scheduler"))
+                 for f, s in ((teacher, DDIMScheduler), (student, EulerDiscreteScheduler))]
+    if torch.device(device).type == "cpu":
+        from diffusers.models.attention_processor import AttnProcessor
+        for d in denoisers:
+            d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
+    text = ConceptText(load_tokenizer(base),
+                       CLIPTextModel.from_pretrained(teacher / "text_encoder").float(), token, class_word)
+    pair = Pair(text, vae.float(), *denoisers)
+    for module in (pair.text, pair.vae, pair.teacher, pair.student):
+        module.to(device).eval()
+    pair.vae.requires_grad_(False)
+    pair.teacher.requires_grad_(False)
+    pair.student.requires_grad_(False)
+    return pair
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Frozen encoders and the critics on them
+
+class Encoder(nn.Module):
+    """A frozen image encoder with its projections; `clip` can also embed text."""
+
+    def __init__(self, folder):
+        super().__init__()
+        from transformers import AutoModel, CLIPTextModel
+        folder = Path(folder)
+        self.vision = AutoModel.from_pretrained(folder).float()
+        heads = load_file(folder / "heads.safetensors")
+        self.register_buffer("to_image", heads["image"].float())
+        if "text" in heads:
+            self.text = CLIPTextModel.from_pretrained(folder / "text").float()
+            self.register_buffer("to_text", heads["text"].float())
+            self.logit_scale = heads["logit_scale"].exp().item()
+        self.eval().requires_grad_(False)
+
+    @property
+    def width(self):
+        return self.to_image.shape[1]
+
+    def features(self, x):
+        """Images (B, 3, H, W) in [-1, 1] to pooled features (B, width)."""
+        return self.vision(x).last_hidden_state.float().mean((2, 3))
+
+    def embed(self, features):
+        """Pooled features (B, width) to unit embeddings (B, d)."""
+        return F.normalize(features @ self.to_image.T, dim=1)
+
+    def embed_text(self, tokenizer, prompts):
+        """Prompts to unit embeddings (B, d) in the same space."""
+        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return F.normalize(self.text(ids.to(self.to_text.device)).pooler_output @ self.to_text.T, dim=1)
+
+
+def load_encoders(base, device="cpu"):
+    """The frozen *training* encoders of a base, {"clip", "identity"}. The judges are not reachable from here."""
+    folder = Path(BASES.get(base, base)) / "encoders"
+    return {name: Encoder(folder / name).to(device) for name in ("clip", "identity")}
+
+
+class Critic(nn.Sequential):
+    """The trained head of one discriminator: features (B, d) to two-class logits (B, 2), class 1 = real."""
+
+    def __init__(self, width, hidden=512):
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A finished run: the moved weights under plain UNet names, the token, and all flags.
+
+def save_run(folder, pair, moved, flags):
+    """Write student and teacher `unet_delta.safetensors`, `learned_embeds.safetensors`, `config.json`, config last."""
+    folder = Path(folder)
+    for part, name in ((folder, "student"), (folder / "teacher", "teacher")):
+        save_tensors(part / "unet_delta.safetensors", moved[name])
+        save_tensors(part / "learned_embeds.safetensors", {pair.text.token: pair.text.row})
+    save_json(folder / "config.json", {"format": "echodistill-1", "flags": flags, "torch": torch.__version__})
+
+
+def load_run(folder, pair):
+    """Put a run's weights and token into a freshly loaded pair."""
+    folder = Path(folder)
+    for part, denoiser in ((folder, pair.student), (folder / "teacher", pair.teacher)):
+        delta = load_file(part / "unet_delta.safetensors")
+        unknown = denoiser.unet.load_state_dict(delta, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{part / 'unet_delta.safetensors'} does not fit this base: it holds {unknown[0]}")
+    with torch.no_grad():
+        pair.text.row.copy_(load_file(folder / "learned_embeds.safetensors")[pair.text.token])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -49,8 +333,7 @@ def save_checkpoint(path, modules, optimizers, meta, generators=()):
 
 
 def load_checkpoint(path, modules, optimizers, generators=()):
-    """Restore what `save_checkpoint` wrote, in place; returns its meta."""
-    from safetensors import safe_open
+    """Restore what `save_checkpoint` wrote, in place; returns its meta and the tensors of "echo", if any."""
     with safe_open(path, "pt") as f:
         meta = json.loads(f.metadata()["meta"])
     groups = {}
@@ -71,4 +354,4 @@ def load_checkpoint(path, modules, optimizers, generators=()):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, generator in dict(generators).items():
         generator.set_state(groups["generator"][name])
-    return meta
+    return meta, groups.get("echo", {})

@@ -4,12 +4,14 @@
     ...
 """
 import argparse
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -19,7 +21,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from model import load_checkpoint, save_checkpoint, save_tensors
-from world import World, save_grid, words
+from data.images import grid, save_png
+from world import World, words
 
 
 def run(name, args, modules, optimizers, step, preview):
@@ -30,18 +33,19 @@ def run(name, args, modules, optimizers, step, preview):
     folder = Path(args.work) / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.safetensors"
-    first = load_checkpoint(path, modules, optimizers)["step"] if path.exists() else 0
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = load_checkpoint(path, modules, optimizers)[0]["step"] if path.exists() else 0
     stop = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(1))
-    log = open(folder / "log.txt", "a", buffering=1)
+    log = open(folder / ("log.txt" if rank == 0 else f"log{rank}.txt"), "a", buffering=1)
     sums, start = {}, time.time()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5, disable=rank > 0)
     for i in bar:
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, args.steps)
-        losses = step(i, torch.Generator().manual_seed(args.seed * 1_000_003 + i))
+        losses = step(i, torch.Generator().manual_seed(args.seed * 1_000_003 + i * processes + rank))
         for k, v in losses.items():
             sums.setdefault(k, []).append(v.detach())
         if (i + 1) % args.log_every == 0:
@@ -50,12 +54,22 @@ def run(name, args, modules, optimizers, step, preview):
             log.write(f"step {i + 1} {line} sec {time.time() - start:.0f}\n")
             bar.set_postfix_str(line)
             sums = {}
-        if (i + 1) % args.save_every == 0 or i + 1 == args.steps or stop:
+        if rank == 0 and ((i + 1) % args.save_every == 0 or i + 1 == args.steps or stop):
             save_checkpoint(path, modules, optimizers, {"step": i + 1})
-            save_grid(preview(), folder / "preview.png")
+            save_png(grid([("", row) for row in preview().split(12)], 2), folder / "preview.png")
         if stop:
             sys.exit(130)
     return folder
+
+
+def average_gradients(module):
+    """Mean over processes, when started with torchrun (one thread each is faster than two threads in one process)."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([x.flatten() for x in gradients])
+        dist.all_reduce(flat)
+        for x, y in zip(gradients, flat.div_(dist.get_world_size()).split([x.numel() for x in gradients])):
+            x.copy_(y.view_as(x))
 
 
 def trapezoid(i, steps, warmup=200, decay=.3):
@@ -98,12 +112,16 @@ def build_text(tokenizer):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
 
 
-def build_vision(family):
+WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 160}
+
+
+def build_vision(stage):
     """Training encoders are ResNets with batch norm, judges are ConvNeXts: no shared architecture, seed or data order."""
     from transformers import ConvNextV2Config, ConvNextV2Model, ResNetConfig, ResNetModel
-    if family == "train":
-        return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 2, 2], layer_type="basic"))
-    return ConvNextV2Model(ConvNextV2Config(hidden_sizes=[48, 96, 192], depths=[2, 2, 2], num_stages=3))
+    sizes = [48, 96, WIDTHS[stage]]
+    if stage.startswith("judge"):
+        return ConvNextV2Model(ConvNextV2Config(hidden_sizes=sizes, depths=[2, 2, 2], num_stages=3))
+    return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], layer_type="basic"))
 
 
 def contrast(a, b, scale):
@@ -120,8 +138,7 @@ def train_encoder(args):
     torch.manual_seed(args.seed)
     world = World("pretrain" if with_text else "pretrain+extra")
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
-    width = 192
-    modules = {"vision": build_vision("judge" if judge else "train"), "image": nn.Linear(width, 128, bias=False)}
+    modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
         modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
     scale = nn.Parameter(torch.tensor(2.6))
@@ -278,7 +295,7 @@ def train_teacher(args):
         dropped = torch.rand(n, generator=g) < .1
         ids = tokens(["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
         z, eps = to_latents(pca, batch.images), torch.randn(n, CHANNELS, 8, 8, generator=g)
-        t = torch.sigmoid(torch.randn(n, generator=g) - .3)
+        t = torch.sigmoid(torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
         t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
         a = bar[t].sqrt().view(-1, 1, 1, 1)
@@ -290,6 +307,7 @@ def train_teacher(args):
         loss_e = ((e - eps).square() / a.square().clamp(min=.05)).mean()  # in units of v, capped at high noise
         optimizer.zero_grad()
         (loss_v + .15 * loss_e).backward()
+        average_gradients(both)
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
         follow(ema, both, i, .9985)
@@ -334,12 +352,233 @@ def show(args, pca, z):
     return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), torch.linalg.pinv(flat).T.view_as(pca["basis"]), stride=PATCH)
 
 
-STAGES = {"vae": train_vae, "teacher": train_teacher} | dict.fromkeys(["clip", "identity", "judge_clip", "judge_identity"], train_encoder)
+# ---------------------------------------------------------------------------------------------------------------
+# Student: epsilon-prediction, one step. Regression on (noise, caption, teacher's sample) triples gives the layout, a
+# small discriminator on latents of fresh real pictures gives the sharpness. A third of each batch practises the
+# lower noise levels of 2- and 4-step sampling.
+
+def load_teacher(args):
+    """The teacher's averaged two-headed UNet and text encoder."""
+    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
+    state = load_file(Path(args.work) / "teacher" / "checkpoint.safetensors")
+    ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema/")})
+    return ema.requires_grad_(False).eval()
+
+
+def make_pairs(args):
+    """Sample the teacher: `steps` batches of (noise, caption, z0) into pairs_SEED.safetensors."""
+    unet, text = load_teacher(args)
+    world, tokenizer = World("pretrain"), build_tokenizer(Path(args.work) / "tokenizer")
+    g = torch.Generator().manual_seed(900 + args.seed)
+    rows = {"noise": [], "z": [], "ids": []}
+    with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        empty = text(tokenizer([""] * args.batch, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+        for _ in tqdm(range(args.steps), desc="pairs", mininterval=5):
+            ids = tokenizer(world.sample(args.batch, g).captions, padding="max_length", truncation=True,
+                            return_tensors="pt").input_ids
+            noise = torch.randn(args.batch, CHANNELS, 8, 8, generator=g)
+            z = ddim(unet, noise, text(ids).last_hidden_state, empty, 12, args.guidance)
+            for k, v in (("noise", noise.half()), ("z", z.half()), ("ids", ids.short())):
+                rows[k].append(v)
+    save_tensors(Path(args.work) / f"pairs_{args.seed}.safetensors", {k: torch.cat(v) for k, v in rows.items()})
+
+
+class LatentCritic(nn.Module):
+    """Realness of latents (B, 24, 8, 8) under a caption embedding (B, 128): one logit per 4 x 4 cell, (B, 1, 4, 4)."""
+    def __init__(self, width=128):
+        super().__init__()
+        conv = nn.utils.parametrizations.spectral_norm
+        self.body = nn.Sequential(
+            conv(nn.Conv2d(CHANNELS, width, 3, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(width, width, 4, stride=2, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(.2))
+        self.real, self.caption = nn.Conv2d(width, 1, 1), nn.Linear(128, width)
+
+    def forward(self, z, caption):
+        h = self.body(z)
+        return self.real(h) + (h * self.caption(caption)[:, :, None, None]).mean(1, keepdim=True)
+
+
+def train_student(args):
+    torch.manual_seed(args.seed + 50)
+    trunk, text = load_teacher(args)
+    world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
+    unet, ema, critic = build_unet(), build_unet(), LatentCritic()
+    state = trunk.state_dict()
+    state |= {k: state[k][CHANNELS:] for k in ("conv_out.weight", "conv_out.bias")}
+    unet.load_state_dict(state)
+    ema.load_state_dict(state)
+    ema.requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(.5, .99), weight_decay=.01, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(.5, .99), fused=True)
+    shards = [load_file(p) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
+    noise, target, captions = (torch.cat([s[k] for s in shards]) for k in ("noise", "z", "ids"))
+    print(f"{len(noise)} pairs")
+    bar = alphas_cumprod()
+
+    def predict(unet, z_t, t, context):
+        a = bar[t].sqrt().view(-1, 1, 1, 1)
+        return (z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()) / a
+
+    def step(i, g):
+        n = args.batch
+        row = torch.randint(len(noise), (n,), generator=g)
+        eps, z0, ids = noise[row].float(), target[row].float(), captions[row].long()
+        t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)]
+        a = bar[t].sqrt().view(-1, 1, 1, 1)
+        first = (t == 999).view(-1, 1, 1, 1)
+        z_t = torch.where(first, 0, a * z0) + (1 - a ** 2).sqrt() * torch.where(first, eps, torch.randn(eps.shape, generator=g))
+        with torch.no_grad():
+            encoded = text(ids)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            z = predict(unet, z_t, t, encoded.last_hidden_state)
+        batch = world.sample(n, g)
+        real = to_latents(pca, batch.images)
+        with torch.no_grad():
+            real_caption = text(tokenizer(batch.captions, padding="max_length", truncation=True,
+                                          return_tensors="pt").input_ids).pooler_output
+        # student
+        regression = F.smooth_l1_loss(z, z0, beta=.5)
+        realness = -critic(z, encoded.pooler_output).mean()
+        g_r, g_d = (torch.autograd.grad(l, z, retain_graph=True)[0].norm() for l in (regression, realness))
+        weight = (args.gan * g_r / g_d.clamp(min=1e-8)) * min(1, i / 500)
+        optimizer.zero_grad()
+        (regression + weight * realness).backward()
+        average_gradients(unet)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        follow(ema, unet, i, .998)
+        # critic
+        on_real, on_fake = critic(real, real_caption), critic(z.detach(), encoded.pooler_output)
+        on_wrong = critic(real, real_caption.roll(1, 0))
+        loss_d = F.relu(1 - on_real).mean() + .75 * F.relu(1 + on_fake).mean() + .25 * F.relu(1 + on_wrong).mean()
+        critic_optimizer.zero_grad()
+        loss_d.backward()
+        average_gradients(critic)
+        critic_optimizer.step()
+        return {"regression": regression, "realness": -realness, "critic": loss_d}
+
+    fixed = world.sample(24, torch.Generator().manual_seed(5))
+    ids = tokenizer(fixed.captions, padding="max_length", return_tensors="pt").input_ids
+    start = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6))
+
+    @torch.no_grad()
+    def preview():
+        context = text(ids).last_hidden_state
+        empty = text(tokenizer([""] * 24, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+        t = torch.full((24,), 999)
+        z = predict(ema, (1 - bar[999]).sqrt() * start, t, context)
+        return torch.stack([show(args, pca, ddim(trunk, start, context, empty, 12, args.guidance)), show(args, pca, z)], 1).flatten(0, 1)
+
+    run("student", args, {"unet": unet, "ema": ema, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, step, preview)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Export: data/emoji/base in the diffusers layout
+
+def export(args):
+    """Write base/ from the checkpoints: teacher/, student/ (parts they share are links into teacher/), encoders/, judges/."""
+    import shutil
+
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+    work, base = Path(args.work), Path(args.base)
+
+    def part(stage, name):
+        state = load_file(work / stage / "checkpoint.safetensors")
+        return {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + "/")}
+
+    shutil.rmtree(base, ignore_errors=True)
+    tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae()
+    vae.load_state_dict(part("vae", "ema"))
+    trunk, text = load_teacher(args)
+    teacher, student = build_unet(), build_unet()
+    state = trunk.state_dict()
+    teacher.load_state_dict(state | {k: state[k][:CHANNELS] for k in ("conv_out.weight", "conv_out.bias")})
+    student.load_state_dict(part("student", "ema"))
+    noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+    schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
+                  "student": EulerDiscreteScheduler(prediction_type="epsilon", **noise)}
+    for name, unet in (("teacher", teacher), ("student", student)):
+        StableDiffusionPipeline(vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
+                                scheduler=schedulers[name], safety_checker=None, feature_extractor=None,
+                                requires_safety_checker=False).save_pretrained(base / name)
+    for shared in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(base / "student" / shared)
+        os.symlink(Path("..") / "teacher" / shared, base / "student" / shared)
+    for stage in ("clip", "identity", "judge_clip", "judge_identity"):
+        family, _, name = stage.rpartition("_")
+        folder = base / ("judges" if family else "encoders") / name
+        vision = build_vision(stage)
+        vision.load_state_dict(part(stage, "vision"))
+        vision.half().save_pretrained(folder)
+        heads = {"image": part(stage, "image")["weight"]}
+        if name == "clip":
+            encoder = build_text(tokenizer)
+            encoder.load_state_dict(part(stage, "text"))
+            encoder.half().save_pretrained(folder / "text")
+            heads |= {"text": part(stage, "caption")["weight"], "logit_scale": part(stage, "scale")["scale"].view(1)}
+        save_tensors(folder / "heads.safetensors", heads)
+    size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file() and not f.parent.is_symlink())
+    print(f"{base}: {size / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measure: do the exported pair's pictures hold what was asked? The judges answer; training never sees them.
+
+@torch.no_grad()
+def measure(args):
+    """Judge's top-1 object (of all nouns) and place (of all places) on args.samples fresh prompts; writes scores and a grid."""
+    from model import Encoder, load_pair, save_json
+    from world import PLACES, article
+    base = Path(args.base)
+    pair, judge, world = load_pair(base, "<v>", "dog"), Encoder(base / "judges" / "clip"), World("pretrain")
+    g = torch.Generator().manual_seed(args.seed + 12345)
+    n = args.samples
+    noun, place = torch.randint(len(world.nouns), (n,), generator=g), torch.randint(len(PLACES), (n,), generator=g)
+    prompts = [f"{article(world.nouns[a])} {PLACES[b]}" for a, b in zip(noun.tolist(), place.tolist())]
+    noise = torch.randn(n, *pair.latent_shape, generator=g)
+    plain = World("pretrain", p=dict.fromkeys(World.P, 0.0) | {"place": 1.0})
+    real = plain.sample(n, g, flat_share=0)
+
+    def judged(images, noun, place):
+        embedded = torch.cat([judge.embed(judge.features(x)) for x in images.split(64)])
+        by_noun = [judge.embed_text(pair.text.tokenizer, [f"{article(w)} {PLACES[b]}" for w in world.nouns]) for b in range(len(PLACES))]
+        table = torch.stack(by_noun, 1)  # (nouns, places, d)
+        objects = torch.einsum("nd,knd->nk", embedded, table[:, place]).argmax(1) == noun
+        places = torch.einsum("nd,nkd->nk", embedded, table[noun]).argmax(1) == place
+        return {"object": round(objects.float().mean().item(), 3), "place": round(places.float().mean().item(), 3)}
+
+    def draw(which, steps, guidance=1.0):
+        start, rows = time.perf_counter(), []
+        for z, p in zip(noise.split(32), (prompts[i:i + 32] for i in range(0, n, 32))):
+            rows.append(pair.decode(which.sample(z, pair.text(p), steps, pair.text([""]), guidance)))
+        return torch.cat(rows), 1000 * (time.perf_counter() - start) / n
+
+    scores = {"real pictures": judged(real.images, real.noun, real.place)}
+    pictures = {}
+    for name, which, steps, guidance in (("teacher", pair.teacher, 16, args.guidance), ("student", pair.student, 1, 1.0),
+                                         ("student, 2 steps", pair.student, 2, 1.0), ("student, 4 steps", pair.student, 4, 1.0)):
+        pictures[name], ms = draw(which, steps, guidance)
+        scores[name] = judged(pictures[name], noun, place) | {"ms per image": round(ms, 1)}
+        print(f"{name}: {scores[name]}", flush=True)
+    print(f"real pictures: {scores['real pictures']}")
+    save_json(base / "scores.json", {"prompts": n, "seed": args.seed, **scores})
+    rows = [(name, pictures[name][i:i + 10]) for i in range(0, 40, 10) for name in ("teacher", "student")]
+    save_png(grid(rows, 2), base / "samples.png")
+    print("\n".join(prompts[:40]))
+
+
+STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
+          "export": export, "measure": measure} | dict.fromkeys(["clip", "identity", "judge_clip", "judge_identity"], train_encoder)
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stage", choices=STAGES)
     p.add_argument("--work", default=str(HERE / "work"), help="folder for checkpoints, logs and previews")
+    p.add_argument("--base", default=str(HERE / "base"), help="folder that `export` writes")
+    p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
+    p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--guidance", type=float, default=3.0)
     p.add_argument("--device", default="cpu")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
@@ -352,4 +591,6 @@ if __name__ == "__main__":
     p.add_argument("--threads", type=int, default=2)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     STAGES[args.stage](args)

@@ -14,8 +14,10 @@ The grammar of captions (brackets: optional; every word the base ever reads is h
     place    = SCENES | "on a" colour "background"
 
 A flat drawing shows Twemoji's individual, anything else Fluent's. Where a caption names no colour, the subject
-keeps its own up to a small unnamed jitter; where it names no place, the place is any. `python data/emoji/world.py`
-prints the speed and draws a grid.
+keeps its own up to a small unnamed jitter; where it names no place, the place is any.
+
+    python data/emoji/world.py                                          # the speed, 64 captions and a grid
+    python data/emoji/world.py --subject "dog face" --output data/dog   # five pictures of one held-out individual
 """
 import json
 import math
@@ -40,7 +42,8 @@ SCENES = ["on the beach", "in the snow", "at night", "in the forest", "in the de
 PLACES = SCENES + [f"on a {c} background" for c in COLOURS]  # place number -> words
 MEDIA = ["", "a photo of ", "a picture of ", "a close-up photo of ", "a flat drawing of "]
 CLOSE_UP, FLAT = 3, 4
-SIZES = {"": (36, 50), "small": (22, 30), "big": (50, 60), "close-up": (52, 64), "beside": (25, 33)}  # pixels of 64
+SIZES = {"": 48, "small": 28, "big": 56, "close-up": 64, "beside": 30}  # drawn size in pixels
+GRID = 8  # objects sit on the autoencoder's grid of 8 px: a latent network is blind to shifts by whole cells only
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ class World:
 
     p   probabilities of the grammar's optional parts
     """
-    P = {"colour": .22, "spotted": .08, "size": .2, "beside": .15, "place": .9, "medium": .4}
+    P = {"colour": .2, "spotted": .05, "size": .15, "beside": .1, "place": .92, "medium": .35, "tilt": .1}
 
     def __init__(self, splits="pretrain", p=None):
         self.entries, tiles = load_sprites(splits.split("+"))
@@ -301,7 +304,7 @@ class World:
         rgb, alpha = rgba[:, :3], rgba[:, 3:]
         if jitter:
             u = torch.rand(3, n, generator=g)
-            rgb = hue_jitter(rgb, (u[0] - .5) * .5, .8 + .4 * u[1], .88 + .22 * u[2])
+            rgb = hue_jitter(rgb, (u[0] - .5) * .24, .88 + .24 * u[1], .92 + .14 * u[2])
         if colour is not None and (colour >= 0).any():
             rows = torch.where(colour >= 0)[0]
             rgb = rgb.index_copy(0, rows, recolour(rgb[rows], self.palette[colour[rows]]))
@@ -358,26 +361,28 @@ class World:
         two = beside >= 0
         size_word = torch.where(chance(self.p["size"]) & ~two & (medium != CLOSE_UP), 1 + number(2), 0)  # 0, small, big
         kind = torch.where(two, 4, torch.where(medium == CLOSE_UP, 3, size_word))  # row of SIZES
-        low, high = torch.tensor(list(SIZES.values()), dtype=torch.float)[kind].unbind(1)
-        pixels = low + (high - low) * torch.rand(n, generator=g)
+        pixels = torch.tensor(list(SIZES.values()), dtype=torch.float)[kind]
         colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
         spotted = chance(self.p["spotted"]) & (colour < 0)
 
         canvas = self.canvas(place, g)
-        room = (1 - pixels / SIZE).clamp(min=.04)
+        room = ((SIZE - pixels) / 2 / GRID).floor().clamp(max=1)  # cells to either side
         side = torch.where(chance(.5), -1.0, 1.0)
-        x = torch.where(two, side * uniform(.42, .5), uniform(-.75, .75) * room)
-        y = torch.where(two, uniform(-.1, .35), uniform(-.4, .75) * room)
-        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, torch.stack([x, y], 1), uniform(-.2, .2),
-                       chance(.5))
+        x = torch.where(two, 2 * side, (uniform(-1.5, 1.5)).round() * room)
+        y = torch.where(two, uniform(-.5, 1.5).round(), (uniform(-1.5, 1.5)).round() * room)
+        centre = torch.stack([x, y], 1) * 2 * GRID / SIZE
+
+        def tilt():
+            return torch.where(chance(self.p["tilt"]), uniform(-.2, .2), 0)
+
+        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, centre, tilt(), chance(.5))
         other_colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
         rows = torch.where(two)[0]
         if len(rows):
             other = self.pick(beside[rows], flat[rows], g)
-            spot = torch.stack([-side * uniform(.42, .5), uniform(-.1, .35)], 1)[rows]
             rgba = self.dress(other, g, other_colour[rows])
-            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, uniform(25, 33)[rows], spot,
-                                                      uniform(-.2, .2)[rows], chance(.5)[rows]))
+            spot = centre[rows] * torch.tensor([-1.0, 1.0])
+            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, pixels[rows], spot, tilt()[rows], chance(.5)[rows]))
 
         say_place = chance(self.p["place"])
         names = list(COLOURS)
@@ -403,24 +408,41 @@ def words():
     return sorted(set(text.split()) | set(COLOURS))
 
 
-def save_grid(images, path, columns=8):
-    """Write images (N, 3, H, W) in [-1, 1] as one PNG."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    grid = torch.ones(rows * columns, 3, h, w)
-    grid[:n] = images.detach().float().cpu().clamp(-1, 1)
-    grid = grid.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
-    Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(path)
+PORTRAIT_PLACES = ["on the grass", "on a wooden floor", "in the city", "on a gray background", "on a purple background"]
+
+
+def portraits(name, n=5, seed=0):
+    """n reference pictures (n, 3, SIZE, SIZE) in [-1, 1] of one held-out individual, each in another place."""
+    world, g = World("held_out"), torch.Generator().manual_seed(seed)
+    sprite = torch.tensor([[e["name"] for e in world.entries].index(name)] * n)
+    place = torch.tensor([PLACES.index(PORTRAIT_PLACES[i % len(PORTRAIT_PLACES)]) for i in range(n)])
+    pixels = torch.full((n,), float(SIZES[""]))
+    centre = (torch.rand(n, 2, generator=g) * 3 - 1.5).round() * 2 * GRID / SIZE
+    rgba = world.dress(sprite, g, jitter=False)
+    flip = torch.rand(n, generator=g) < .5
+    return paint(world.canvas(place, g), rgba, pixels, centre, torch.zeros(n), flip).clamp(0, 1) * 2 - 1
 
 
 if __name__ == "__main__":
+    import argparse
+    import sys
     import time
-    torch.set_num_threads(1)
-    world, g = World(), torch.Generator().manual_seed(0)
-    world.sample(64, g)
-    start = time.perf_counter()
-    for _ in range(20):
-        batch = world.sample(64, g)
-    print(f"{20 * 64 / (time.perf_counter() - start):.0f} images/s on one thread")
-    save_grid(batch.images, HERE / "world.png")
-    print("\n".join(batch.captions[:16]))
+    sys.path.insert(0, str(HERE.parents[1]))
+    from data.images import grid, save_png, to_pil
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--subject", help='write five reference pictures of a held-out individual, for example "dog face"')
+    p.add_argument("--output", default=str(HERE / "work" / "world"), help="folder to write to")
+    args = p.parse_args()
+    if args.subject:
+        for i, picture in enumerate(to_pil(portraits(args.subject))):
+            save_png(picture, Path(args.output) / f"{i:02d}.png")
+    else:
+        torch.set_num_threads(1)
+        world, g = World(), torch.Generator().manual_seed(0)
+        world.sample(64, g)
+        start = time.perf_counter()
+        for _ in range(20):
+            batch = world.sample(64, g)
+        print(f"{20 * 64 / (time.perf_counter() - start):.0f} images/s on one thread")
+        save_png(grid([("", row) for row in batch.images.split(8)], 2), Path(args.output) / "world.png")
+        print("\n".join(batch.captions))

@@ -1,0 +1,97 @@
+"""Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PROMPTS = Path(__file__).parent / "prompts.json"
+
+
+def fail(message):
+    """Say in one sentence what is wrong and how to mend it, and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def photo_paths(folder):
+    """The image files of a concept folder in name order; hidden files and other suffixes are passed over."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        fail(f"--concept {folder} is not a folder; give one that holds 3-6 photos of your subject")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        fail(f"--concept {folder} holds no image ({', '.join(sorted(SUFFIXES))}); put 3-6 photos of your subject there")
+    return paths
+
+
+def load_photo(path, size):
+    """One photo as (3, size, size): turned upright by EXIF, transparency on grey, centre square, antialiased."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        fail(f"{path} cannot be read as an image ({type(error).__name__}); replace or remove it")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def load_photos(folder, size):
+    """All photos of a concept folder, (N, 3, size, size)."""
+    return torch.stack([load_photo(p, size) for p in photo_paths(folder)])
+
+
+def load_prompts(base):
+    """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject."""
+    return json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+
+
+def to_pil(images):
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+
+
+def save_png(image, path):
+    """Write a PIL image atomically; a grid is never seen half-written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    image.save(part, format="PNG")
+    part.replace(path)
+
+
+def grid(rows, scale=1):
+    """PIL picture of labelled rows [(label, images (N, 3, H, W)), ...]; sizes are those of the first image."""
+    height, width = (s * scale for s in rows[0][1].shape[-2:])
+    margin = 12 + 6 * max(len(label) for label, _ in rows) if any(label for label, _ in rows) else 0
+    sheet = Image.new("RGB", (margin + max(len(r) for _, r in rows) * width, len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (label, images) in enumerate(rows):
+        pen.text((4, y * height + height // 2 - 6), label, fill="black")
+        for x, image in enumerate(to_pil(images)):
+            sheet.paste(image.resize((width, height), Image.NEAREST), (margin + x * width, y * height))
+    return sheet
+
+
+def curves(history, size=(320, 160)):
+    """Loss curves as a PIL picture, one panel a term; history is [{"step": int, term: float, ...}, ...]."""
+    terms = [k for k in dict.fromkeys(k for row in history for k in row) if k != "step"]
+    columns = min(3, len(terms))
+    w, h = size
+    sheet = Image.new("RGB", (columns * w, -(-len(terms) // columns) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, term in enumerate(terms):
+        left, top = i % columns * w + 10, i // columns * h + 20
+        points = [(row["step"], row[term]) for row in history if term in row]
+        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+        pen.text((left, top - 16), f"{term}   {points[0][1]:.4g} -> {points[-1][1]:.4g}   (range {y0:.4g} to {y1:.4g})", fill="black")
+        pen.rectangle((left, top, left + w - 20, top + h - 30), outline="lightgray")
+        line = [(left + (x - x0) / max(x1 - x0, 1) * (w - 20), top + (y1 - y) / max(y1 - y0, 1e-12) * (h - 30)) for x, y in points]
+        pen.line(line, fill=(30, 90, 200), width=2)
+    return sheet

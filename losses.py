@@ -1,0 +1,118 @@
+"""Every term of EchoDistill as a pure function of tensors (arXiv 2510.20512; method and symbols in README.md).
+
+Shapes: z (B, C, h, w) latents, x (B, 3, H, W) images in [-1, 1], tokens (B, T, d) image embeddings,
+logits (B, 2) with class 1 = real. Functions that end in `_per_sample` return (B,), so that c(t') can weigh them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Teacher: reconstruction (joint stage: real images; echo stage: real and echoed images)
+
+def reconstruction(prediction, target, mask=None):
+    """Masked mean squared error of the network output, all (B, C, h, w); mask (B, 1, h, w) in [0, 1].
+
+    Each sample is divided by its own mask area, so a small subject counts as much as a large one; an empty mask
+    contributes 0, not NaN.
+    """
+    error = (prediction - target).square().mean(1, keepdim=True)
+    if mask is None:
+        return error.mean()
+    return ((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1e-6)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Alignment of the student with the teacher (adversarial diffusion distillation, Sauer et al. 2023, eq. 4)
+
+def alignment_weight(alpha_bar):
+    """c(t') = alpha_bar(t'): trust the teacher's guess the more, the less noise it had to see through. (B,) in [0, 1]."""
+    return alpha_bar
+
+
+def identity_per_sample(a, b):
+    """1 - mean cosine over T image-prompt tokens, a and b (B, T, d); in [0, 2]."""
+    return 1 - F.cosine_similarity(a, b, dim=-1).mean(1)
+
+
+def latent_per_sample(a, b):
+    """Mean squared difference of latents (B, C, h, w)."""
+    return (a - b).square().mean((1, 2, 3))
+
+
+def srgb_to_lab(x):
+    """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65, divided by 100 so that L is in [0, 1]."""
+    linear = torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
+    to_xyz = x.new_tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]])
+    white = x.new_tensor([.95047, 1., 1.08883])
+    xyz = torch.einsum("ij,bjhw->bihw", to_xyz / white[:, None], linear)
+    d = 6 / 29
+    f = torch.where(xyz > d ** 3, xyz.clamp(min=d ** 3) ** (1 / 3), xyz / (3 * d * d) + 4 / 29)
+    return torch.stack([1.16 * f[:, 1] - .16, 5 * (f[:, 0] - f[:, 1]), 2 * (f[:, 1] - f[:, 2])], 1)
+
+
+def random_projections(count, generator, size=11):
+    """(count, 3, size, size) random filters of unit norm, redrawn each call (He et al. 2024)."""
+    w = torch.randn(count, 3, size, size, generator=generator)
+    return w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def downsample(x):
+    """Half the size after the binomial low-pass (1 4 6 4 1) / 16, reflected at the border."""
+    k = x.new_tensor([1., 4., 6., 4., 1.]) / 16
+    kernel = (k[:, None] * k[None]).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+
+
+def sliced_wasserstein_per_sample(x, y, projections, levels=5):
+    """Multi-scale sliced Wasserstein distance of images in [-1, 1] (He et al., ECCV 2024, arXiv 2407.10181).
+
+    On each level of a Gaussian pyramid in CIELAB: project all patches on random filters, sort, mean |difference|.
+    Levels smaller than a filter are left out, so a 64-px image has three.
+    """
+    x, y = (srgb_to_lab(((i + 1) / 2).clamp(0, 1)) for i in (x, y))
+    distances = []
+    for _ in range(levels):
+        if min(x.shape[-2:]) < projections.shape[-1]:
+            break
+        a, b = (F.conv2d(i, projections).flatten(2).sort(-1).values for i in (x, y))
+        distances.append((a - b).abs().mean((1, 2)))
+        x, y = downsample(x), downsample(y)
+    return torch.stack(distances).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adversarial: the student against the real photos
+
+def adversarial_per_sample(logits):
+    """Cross-entropy that wants the head to call the student's image real; logits (B, 2)."""
+    return F.cross_entropy(logits, torch.ones_like(logits[:, 0], dtype=torch.long), reduction="none")
+
+
+def critic(real, fake):
+    """Two-class cross-entropy of one head: photos are class 1, student images class 0; each averaged, then halved."""
+    one = torch.ones_like(real[:, 0], dtype=torch.long)
+    zero = torch.zeros_like(fake[:, 0], dtype=torch.long)
+    return (F.cross_entropy(real, one) + F.cross_entropy(fake, zero)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Echo: which of the student's samples are worth giving back to the teacher
+
+def select_echo(identity, fidelity, features, keep, floor=.5, max_similarity=.98):
+    """Indices of at most `keep` samples, best identity first.
+
+    identity (N,)  likeness to the reference photos
+    fidelity (N,)  agreement of the image with its prompt; the lowest `floor` fraction is refused outright
+    features (N, d)  a sample closer than cosine `max_similarity` to one already chosen is a copy and is passed over
+    """
+    features = F.normalize(features, dim=1)
+    allowed = fidelity >= fidelity.quantile(floor)
+    chosen = []
+    for i in identity.argsort(descending=True, stable=True).tolist():
+        if allowed[i] and (not chosen or (features[chosen] @ features[i]).max() < max_similarity):
+            chosen.append(i)
+        if len(chosen) == keep:
+            break
+    return torch.tensor(chosen, dtype=torch.long)

@@ -1,0 +1,52 @@
+"""Shared fixtures. Run everything with: python -m pytest"""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """The embedded pair with the token <v>; tests that change it must load their own."""
+    from model import load_pair
+    return load_pair("emoji", "<v>", "dog")
+
+
+@pytest.fixture(scope="session")
+def encoders():
+    from model import load_encoders
+    return load_encoders("emoji")
+
+
+@pytest.fixture
+def concept(tmp_path):
+    """A private copy of data/dog."""
+    return Path(shutil.copytree(ROOT / "data" / "dog", tmp_path / "dog"))
+
+
+@pytest.fixture(autouse=True)
+def inside_tmp(tmp_path, monkeypatch):
+    """Runs start in an empty folder, so that out/ is the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*flags):
+    """Call train.py's main as a user would and return the run's folder."""
+    import train as script
+    torch.set_num_threads(2)
+    script.main(["--concept", "dog", "--log_steps", "1", "--preview_steps", "0", *map(str, flags)])
+    return Path("out") / "dog"
+
+
+def exit_of(main, argv, capsys):
+    """(exit code, the last line of stderr) of a call that must stop early."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    return stop.value.code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+
+sys.path.insert(0, str(Path(__file__).parent))

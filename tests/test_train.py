@@ -1,0 +1,191 @@
+"""train.py and sample.py as a user calls them, on the embedded pair. python -m pytest tests/test_train.py"""
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample as sample_script
+import train as train_script
+from conftest import ROOT, train
+from model import load_encoders, load_pair, load_run
+
+SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 3)
+
+
+def tensors(run):
+    return load_file(run / "unet_delta.safetensors") | {f"teacher.{k}": v for k, v in load_file(run / "teacher/unet_delta.safetensors").items()} \
+        | load_file(run / "learned_embeds.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_twenty_steps_lower_the_losses_and_change_the_picture(concept):
+    run = train("--max_train_steps", 20, "--echo_steps", 0)
+    log = json.loads((run / "log.json").read_text())
+    assert len(log) == 20
+    pair, photos = load_pair("emoji", "<v>", "dog"), train_script.load_photos(concept, 64)
+    noise = torch.randn(8, *pair.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def teacher_loss():
+        z, t = pair.encode(photos[:4]), torch.tensor([100, 300, 500, 700])
+        out = pair.teacher(pair.teacher.add_noise(z, noise[:4], t), t, pair.text(["a photo of a <v> dog"] * 4))
+        return (out - pair.teacher.target(z, noise[:4], t)).square().mean().item()
+
+    @torch.no_grad()
+    def draw():
+        return pair.decode(pair.student.one_step(noise, pair.text(["a <v> dog"] * 8)))
+
+    loss_before, before = teacher_loss(), draw()
+    load_run(run, pair)
+    assert teacher_loss() < loss_before
+    assert (draw() - before).abs().mean() > .01
+    critics = [row["critic"] for row in log]
+    assert sum(critics[-5:]) < sum(critics[:5])
+
+
+def test_same_seed_same_bytes_and_another_seed_other_bytes(concept):
+    a, log = tensors(train(*SHORT)), open("out/dog/log.json").read()
+    assert same(a, tensors(train(*SHORT))) and open("out/dog/log.json").read() == log
+    assert not same(a, tensors(train(*SHORT, "--seed", 1)))
+
+
+@pytest.mark.parametrize("stop_after", [2, 5])
+def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(concept, monkeypatch, stop_after):
+    whole, log = tensors(train(*SHORT)), open("out/dog/log.json").read()
+    count, step = [], train_script.losses.reconstruction
+
+    def interrupt(*args):
+        count.append(1)
+        if len(count) == stop_after:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+    monkeypatch.setattr(train_script.losses, "reconstruction", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train(*SHORT)
+    assert stopped.value.code == 130
+    resumed = train(*SHORT, "--resume_from_checkpoint", "latest")
+    assert same(whole, tensors(resumed)) and open("out/dog/log.json").read() == log
+
+
+def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):
+    echo, control = tensors(train(*SHORT)), tensors(train(*SHORT, "--echo_real_only"))
+    off = tensors(train("--max_train_steps", 4, "--echo_steps", 0))
+    assert not same(echo, control) and not same(control, off) and not same(echo, off)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--adversarial_weight", 0), ("--identity_weight", 0), ("--latent_weight", 0), ("--swd_weight", 0), ("--scene_adversarial_weight", .3),
+    ("--scene_prompts", 0), ("--no-flip",), ("--size_augmentation",), ("--no-weight_alignment",), ("--no-detach_prompt",),
+    ("--guidance_scale", 1), ("--train_unet", "kv"), ("--train_unet", "attention"), ("--teacher_lr", 0), ("--student_lr", 0),
+    ("--token_lr", 0), ("--critic_lr", .01), ("--weight_decay", .5), ("--max_grad_norm", .01), ("--swd_projections", 4),
+    ("--train_batch_size", 2), ("--mixed_precision", "no"), ("--class_word", "cat")], ids=str)
+def test_every_flag_is_read(concept, flags, reference):
+    run = train("--max_train_steps", 2, "--echo_steps", 0, *flags)
+    assert not same(reference, tensors(run)), f"{flags} changed nothing"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    import os
+    import shutil
+    here, folder = os.getcwd(), tmp_path_factory.mktemp("reference")
+    shutil.copytree(ROOT / "data" / "dog", folder / "dog")
+    os.chdir(folder)
+    try:
+        return tensors(train("--max_train_steps", 2, "--echo_steps", 0))
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", 1)], ids=str)
+def test_every_echo_flag_is_read(concept, flags):
+    short = ("--max_train_steps", 1, "--echo_steps", 2, "--echo_samples", 48)
+    assert not same(tensors(train(*short)), tensors(train(*short, *flags)))
+
+
+def test_a_frozen_part_does_not_move(concept):
+    run = train("--max_train_steps", 2, "--echo_steps", 0, "--token_lr", 0, "--weight_decay", 0, "--student_lr", 0)
+    pair = load_pair("emoji", "<v>", "dog")
+    unet = pair.student.unet.state_dict()
+    assert all(torch.equal(v, unet[k]) for k, v in load_file(run / "unet_delta.safetensors").items())
+    assert torch.equal(load_file(run / "learned_embeds.safetensors")["<v>"], pair.text.row)
+
+
+def test_a_run_leaves_pictures_json_and_safetensors_and_no_pickle(concept):
+    run = train(*SHORT, "--preview_steps", 2)
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert files == {"config.json", "log.json", "losses.png", "preview.png", "echo.png", "unet_delta.safetensors", "learned_embeds.safetensors",
+                     "teacher/unet_delta.safetensors", "teacher/learned_embeds.safetensors",
+                     "previews/00002.png", "previews/00004.png", "previews/00006.png"}
+    assert Image.open(run / "preview.png").width > 8 * 128
+    flags = json.loads((run / "config.json").read_text())["flags"]
+    train_script.parse_arguments([x for k, v in flags.items() if v not in (None, "") and not isinstance(v, bool) for x in (f"--{k}", str(v))])
+
+
+def test_sample_finds_the_run_and_draws_the_same_bytes_twice(concept, capsys):
+    train(*SHORT)
+    grids = []
+    for _ in range(2):
+        sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "3", "--seed", "5"])
+        out = capsys.readouterr().out
+        assert re.search(r"\d+ ms per image", out)
+        grids.append(open("out/dog/samples/a-v-dog-on-the-beach-grid.png", "rb").read())
+    assert grids[0] == grids[1]
+    names = {p.name for p in (train_script.Path("out/dog/samples")).iterdir()}
+    assert names == {"a-v-dog-on-the-beach-grid.png", *(f"a-v-dog-on-the-beach-seed{i}.png" for i in (5, 6, 7))}
+    single = open("out/dog/samples/a-v-dog-on-the-beach-seed6.png", "rb").read()
+    for flags in (["--steps", "2"], ["--steps", "4"], ["--teacher"], ["--base_only"]):
+        sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "2", "--seed", "5", "--output_dir", "other", *flags])
+    other = {p.name: p.read_bytes() for p in train_script.Path("other").iterdir()}
+    assert single not in other.values()
+    sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "1", "--seed", "6", "--output_dir", "alone"])
+    assert open("alone/a-v-dog-on-the-beach-seed6.png", "rb").read() == single, "an image depends on its seed alone"
+
+
+def test_training_never_loads_a_judge(concept, monkeypatch, tmp_path):
+    base = tmp_path / "base"
+    import shutil
+    shutil.copytree(ROOT / "data/emoji/base", base, symlinks=True, ignore=shutil.ignore_patterns("judges"))
+    run = train(*SHORT, "--base", base)
+    assert (run / "config.json").exists()
+    for script in ("train.py", "model.py", "losses.py", "sample.py"):
+        assert "judges" not in re.sub(r'""".*?"""|#.*', "", (ROOT / script).read_text(), flags=re.S), script
+    ours, theirs = load_encoders("emoji"), ROOT / "data/emoji/base/judges"
+    for name, encoder in ours.items():
+        judge = load_file(theirs / name / "model.safetensors")
+        assert encoder.vision.config.model_type != json.loads((theirs / name / "config.json").read_text())["model_type"]
+        assert not set(judge) & set(encoder.vision.state_dict())
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_base_is_an_ordinary_diffusers_pipeline(name, pair):
+    script = f"""
+import torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(r"{ROOT / 'data/emoji/base' / name}")
+pipe.set_progress_bar_config(disable=True)
+noise = torch.randn(1, *{pair.latent_shape}, generator=torch.Generator().manual_seed(0))
+image = pipe("a dog on the beach", num_inference_steps={1 if name == 'student' else 8}, guidance_scale={0.0 if name == 'student' else 3.0}, latents=noise).images[0]
+image.save("plain.png")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    noise, context = torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(0)), pair.text(["a dog on the beach"])
+    with torch.no_grad():
+        z = pair.student.sample(noise, context, 1) if name == "student" else pair.teacher.sample(noise, context, 8, pair.text([""]), 3.0)
+        ours = train_script.torch.from_numpy(__import__("numpy").array(train_script_to_pil(pair.decode(z)))).int()
+    plain = torch.from_numpy(__import__("numpy").array(Image.open("plain.png"))).int()
+    assert (ours - plain).abs().max() <= 1
+
+
+def train_script_to_pil(x):
+    from data.images import to_pil
+    return to_pil(x)[0]

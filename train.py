@@ -1,0 +1,355 @@
+"""Teach a one-step text-to-image model a concept from 3-6 photos: EchoDistill (arXiv 2510.20512).
+
+    python train.py --concept data/dog
+
+A teacher and a one-step student train together around one text encoder (joint stage); then the student's samples are
+echoed back to both (echo stage). README.md maps the paper to the code.
+"""
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import losses
+from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
+from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, pick_device, save_checkpoint,
+                   save_json, save_run, trainable_parameters)
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="flags without a default take it from the base's recipe (RECIPES in model.py)")
+    yes_no = argparse.BooleanOptionalAction
+
+    g = p.add_argument_group("concept and output")
+    g.add_argument("--concept", required=True, help="folder of 3-6 photos of the subject")
+    g.add_argument("--class_word", help="the subject's ordinary noun; default: the folder's name")
+    g.add_argument("--token", default="<v>", help="the new word for the subject")
+    g.add_argument("--output_dir", help="default: out/FOLDER NAME")
+
+    g = p.add_argument_group("models")
+    g.add_argument("--base", default="emoji", help=f"one of {', '.join(BASES)}, or a folder laid out like data/emoji/base")
+    g.add_argument("--train_unet", choices=["kv", "attention", "all"], help="which UNet weights move (paper: kv)")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    g.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16", help="autocast of the forward passes")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--max_train_steps", type=int, help="iterations of the joint stage")
+    g.add_argument("--train_batch_size", type=int)
+    g.add_argument("--teacher_lr", type=float, help="0 freezes the teacher")
+    g.add_argument("--student_lr", type=float, help="0 freezes the student")
+    g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
+    g.add_argument("--critic_lr", type=float)
+    g.add_argument("--weight_decay", type=float, default=1e-2)
+    g.add_argument("--max_grad_norm", type=float, default=1.0)
+    g.add_argument("--seed", type=int, default=42)
+
+    g = p.add_argument_group("losses (a weight of 0 switches a term off and saves its cost)")
+    g.add_argument("--adversarial_weight", type=float, help="student against the photos, per discriminator")
+    g.add_argument("--scene_adversarial_weight", type=float, help="the same on scene prompts, which no photo shows")
+    g.add_argument("--identity_weight", type=float, help="1 - cosine of image tokens, student against teacher")
+    g.add_argument("--latent_weight", type=float, help="latent MSE, student against teacher")
+    g.add_argument("--swd_weight", type=float, help="multi-scale sliced Wasserstein distance of the decoded images")
+    g.add_argument("--swd_projections", type=int, help="random filters per call (paper: 128)")
+    g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
+    g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
+    g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
+
+    g = p.add_argument_group("data")
+    g.add_argument("--scene_prompts", type=float, help="share of the student's prompts that are scenes (paper: 0)")
+    g.add_argument("--flip", action=yes_no, default=True, help="mirror photos at random")
+    g.add_argument("--size_augmentation", action=yes_no, default=None, help="shrink or zoom photos, and say so in the prompt")
+
+    g = p.add_argument_group("echo")
+    g.add_argument("--echo_steps", type=int, help="iterations of the echo stage; 0 switches it off")
+    g.add_argument("--echo_real_only", action=yes_no, default=False, help="control: as many iterations without the echo")
+    g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
+    g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
+    g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
+    g.add_argument("--echo_share", type=float, help="share of echoed images in each batch of the echo stage")
+
+    g = p.add_argument_group("logging and checkpoints")
+    g.add_argument("--log_steps", type=int, default=10, help="iterations per point of the loss curves")
+    g.add_argument("--preview_steps", type=int, default=100, help="iterations per preview grid; 0 draws only the last")
+    g.add_argument("--checkpointing_steps", type=int, default=100)
+    g.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint file')
+
+    args = p.parse_args(argv)
+    if args.base not in BASES and not Path(args.base, "teacher").is_dir():
+        fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
+    for name, value in RECIPES.get(args.base, RECIPES["emoji"]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for path in photo_paths(args.concept):
+        load_photo(path, 8)
+    folder = Path(args.concept).resolve().name
+    args.class_word = (folder.rstrip("0123456789").replace("_", " ") if args.class_word is None else args.class_word).strip()
+    if not args.class_word:
+        fail("--class_word is empty and the folder's name gives none; say what the subject is, such as --class_word dog")
+    args.output_dir = args.output_dir or str(Path("out") / folder)
+    if any(p.exists() and not p.is_dir() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        fail(f"--output_dir {args.output_dir} cannot be a folder: a file is in the way")
+    if args.resume_from_checkpoint == "latest":
+        args.resume_from_checkpoint = str(Path(args.output_dir) / "checkpoint.safetensors")
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_file():
+        fail(f"--resume_from_checkpoint: there is no {args.resume_from_checkpoint}; leave the flag out to start anew")
+    pick_device(args.device)
+    for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("echo_steps", "preview_steps", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
+                 "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay"):
+        if not getattr(args, name) >= 0:
+            fail(f"--{name} must not be negative, got {getattr(args, name)}")
+    for name in ("scene_prompts", "echo_keep", "echo_floor", "echo_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
+    if not args.token.strip() or any(c.isspace() for c in args.token):
+        fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
+    if len(load_tokenizer(args.base).tokenize(args.token)) == 1:
+        fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
+    return args
+
+
+class Photos:
+    """The reference photos with their augmentation: flip, and Custom Diffusion's shrink-or-zoom with a mask."""
+
+    SIZES = {"small": (.4, .6), "big": (1.2, 1.4)}  # factor of the photo's size, and the word the prompt then says
+
+    def __init__(self, photos, args):
+        self.photos, self.args = photos, args
+
+    def batch(self, n, g):
+        """n augmented photos (n, 3, S, S), their masks (n, 1, S, S), and a size word or "" each; g a CPU generator."""
+        x = self.photos[torch.randint(len(self.photos), (n,), generator=g)]
+        if self.args.flip:
+            x = torch.where((torch.rand(n, generator=g) < .5).view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
+        mask, said = torch.ones_like(x[:, :1]), [""] * n
+        if self.args.size_augmentation:
+            size, x = x.shape[-1], x.clone()
+            for i, (kind, u, left, top) in enumerate(zip(torch.randint(3, (n,), generator=g).tolist(),
+                                                         *torch.rand(3, n, generator=g).tolist())):
+                if kind == 0:
+                    continue
+                said[i], (low, high) = list(self.SIZES.items())[kind - 1]
+                new = round(size * (low + (high - low) * u))
+                photo = F.interpolate(x[i:i + 1], size=(new, new), mode="bilinear", antialias=True)[0]
+                a, b = (round(abs(size - new) * v) for v in (left, top))
+                if new > size:
+                    x[i] = photo[:, b:b + size, a:a + size]
+                else:
+                    x[i], mask[i] = 0, 0  # grey around the shrunk photo, and no loss there
+                    x[i, :, b:b + new, a:a + new], mask[i, :, b:b + new, a:a + new] = photo, 1
+        return x, mask, said
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    torch.manual_seed(args.seed)  # the critics' initial weights
+    device, why = pick_device(args.device)
+    out = Path(args.output_dir)
+    name = f"{args.token} {args.class_word}"
+
+    # -- models -------------------------------------------------------------------------------------------------
+    pair = load_pair(args.base, args.token, args.class_word, device)
+    encoders = load_encoders(args.base, device)
+    prompts = load_prompts("emoji")
+    photos = load_photos(args.concept, pair.resolution).to(device)
+    heads = {k: Critic(e.width).to(device) for k, e in encoders.items()}
+    moved = {k: trainable_parameters(d.unet, args.train_unet) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
+    for p in [*moved["teacher"].values(), *moved["student"].values()]:
+        p.requires_grad_(True)
+    optimizers = {
+        "teacher": torch.optim.AdamW([{"params": moved["teacher"].values(), "lr": args.teacher_lr},
+                                      {"params": [pair.text.row], "lr": args.token_lr, "weight_decay": 0}],
+                                     weight_decay=args.weight_decay),
+        "student": torch.optim.AdamW(moved["student"].values(), lr=args.student_lr, weight_decay=args.weight_decay),
+        "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr)}
+    state = {"teacher": moved["teacher"], "student": moved["student"], "token": {"row": pair.text.row}, **heads}
+    total = args.max_train_steps + args.echo_steps
+    print(f"device {device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {pair.teacher.prediction_type}, "
+          f"student {pair.student.prediction_type}, {pair.resolution} px")
+    print(f"concept {args.concept}: {len(photos)} photos of {name!r}; training {args.train_unet} = "
+          f"{sum(p.numel() for p in moved['teacher'].values()):,} weights in each UNet and one token of {pair.text.row.numel()}")
+    print(f"{args.max_train_steps} joint and {args.echo_steps} echo iterations of batch {args.train_batch_size}")
+
+    # -- resume -------------------------------------------------------------------------------------------------
+    first, history, echo = 0, [], None
+    if args.resume_from_checkpoint:
+        meta, extra = load_checkpoint(args.resume_from_checkpoint, state, optimizers)
+        first, history = meta["step"], meta["history"]
+        echo = {"images": extra["images"].to(device), "prompts": meta["echo_prompts"]} if "images" in extra else None
+        print(f"resumed {args.resume_from_checkpoint} at iteration {first}")
+
+    def checkpoint(step):
+        extra = {"images": echo["images"]} if echo else {}
+        save_checkpoint(out / "checkpoint.safetensors", state | {"echo": extra}, optimizers,
+                        {"step": step, "history": history, "echo_prompts": echo["prompts"] if echo else [], "flags": vars(args)})
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+    def fill(template, word=""):
+        return template.replace("{}", f"{word} {name}".strip())
+
+    def choose(options, n, g):
+        return [options[i] for i in torch.randint(len(options), (n,), generator=g).tolist()]
+
+    with torch.no_grad():
+        empty = pair.text([""])
+    n, shape = args.train_batch_size, pair.latent_shape
+    dataset = Photos(photos, args)
+    preview_prompts = [fill(p) for p in prompts["preview"]]
+    preview_noise = torch.randn(len(preview_prompts), *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
+
+    @torch.no_grad()
+    def preview(path):
+        context = pair.text(preview_prompts)
+        rows = [("photos", photos[:len(preview_prompts)]),
+                ("teacher", pair.decode(pair.teacher.sample(preview_noise, context, 16, empty, args.guidance_scale))),
+                ("student", pair.decode(pair.student.sample(preview_noise, context, 1)))]
+        save_png(grid(rows, scale=2 if pair.resolution < 128 else 1), path)
+
+    @torch.no_grad()
+    def gather_echo():
+        """The student draws templates and scenes; the best samples by identity, faithful and distinct, come back."""
+        g = torch.Generator().manual_seed(args.seed + 1)
+        subjects = [p for _ in range(args.echo_samples) for p in choose(prompts["templates"] + prompts["scenes"], 1, g)]
+        images, embeddings, fidelity = [], {"clip": [], "identity": []}, []
+        for i in range(0, len(subjects), 32):
+            part = subjects[i:i + 32]
+            noise = torch.randn(len(part), *shape, generator=g).to(device)
+            x = pair.decode(pair.student.one_step(noise, pair.text([fill(p) for p in part]))).clamp(-1, 1)
+            for k, e in encoders.items():
+                embeddings[k].append(e.embed(e.features(x)))
+            plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
+            fidelity.append((embeddings["clip"][-1] * plain).sum(1))
+            images.append(x)
+        photo = encoders["identity"].embed(encoders["identity"].features(photos))
+        identity = (torch.cat(embeddings["identity"]) @ photo.T).mean(1)
+        keep = losses.select_echo(identity, torch.cat(fidelity), torch.cat(embeddings["clip"]),
+                                  max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
+        images = torch.cat(images)[keep]
+        shown = images[:64].split(8)
+        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)], scale=2 if pair.resolution < 128 else 1),
+                 out / "echo.png")
+        print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
+        return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
+
+    stop = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: sys.exit(128 + number) if stop else stop.append(128 + number))
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+    started, sums, progress = time.time(), {}, tqdm(range(first, total), initial=first, total=total, mininterval=1)
+    for step in progress:
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
+        if step >= args.max_train_steps and echo is None and not args.echo_real_only:
+            echo = gather_echo()
+
+        # real images with template prompts; in the echo stage, a share of them are echoed samples with their own
+        x, mask, said = dataset.batch(n, g)
+        captions = [fill(t, w) for t, w in zip(choose(prompts["templates"][:4], n, g), said)]
+        if echo is not None:
+            echoed = (torch.rand(n, generator=g) < args.echo_share).tolist()
+            pick = torch.randint(len(echo["images"]), (n,), generator=g).tolist()
+            for i in range(n):
+                if echoed[i]:
+                    x[i], mask[i], captions[i] = echo["images"][pick[i]], 1, echo["prompts"][pick[i]]
+        eps = torch.randn(n, *shape, generator=g).to(device)
+
+        # ---- 1. teacher: reconstruct the images; moves its UNet and the token
+        t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
+        with autocast():
+            z = pair.encode(x)
+            out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))
+        mask_z = F.interpolate(mask, size=shape[1:], mode="area")
+        terms = {"reconstruction": losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)}
+        optimizers["teacher"].zero_grad()
+        terms["reconstruction"].backward()
+        torch.nn.utils.clip_grad_norm_([*moved["teacher"].values(), pair.text.row], args.max_grad_norm)
+        optimizers["teacher"].step()
+
+        # ---- 2. student: one step from pure noise
+        in_scene = torch.rand(n, generator=g) < args.scene_prompts
+        asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(prompts["templates"], n, g),
+                                                             in_scene.tolist())]
+        context = pair.text(asked)
+        context = context.detach() if args.detach_prompt else context
+        with autocast():
+            z_s = pair.student.one_step(eps, context)
+            x_s = pair.decode(z_s)
+            features_s = {k: e.features(x_s) for k, e in encoders.items()}
+
+        # ---- 3. alignment target: the current teacher denoises the re-noised sample
+        t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
+        with torch.no_grad(), autocast():
+            z_t = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
+            x_t = pair.decode(z_t)
+            features_t = encoders["identity"].features(x_t)
+        c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones_like(eps[:, 0, 0, 0])
+
+        # ---- 4. student's loss
+        realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
+        aligned = torch.zeros_like(c)
+        if args.identity_weight:
+            tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_t)]  # (B, 1, d)
+            aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
+        if args.latent_weight:
+            aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_t)
+        if args.swd_weight:
+            filters = losses.random_projections(args.swd_projections, g).to(device)
+            aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_t, filters)
+        terms["alignment"] = (c * aligned).mean()
+        terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
+        optimizers["student"].zero_grad()
+        (terms["alignment"] + terms["adversarial"]).backward()
+        torch.nn.utils.clip_grad_norm_(moved["student"].values(), args.max_grad_norm)
+        optimizers["student"].step()
+
+        # ---- 5. critics: photos (and echoes) against the same student features
+        with torch.no_grad(), autocast():
+            features_real = {k: e.features(x) for k, e in encoders.items()}
+        terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach())) for k, h in heads.items()) / len(heads)
+        optimizers["critic"].zero_grad()
+        terms["critic"].backward()
+        optimizers["critic"].step()
+        # -----------------------------------------------------------------------------------------------------------
+
+        for k, v in terms.items():
+            sums.setdefault(k, []).append(v.detach())
+        if (step + 1) % args.log_steps == 0 or step + 1 == total:
+            means = {k: torch.stack(v).mean().item() for k, v in sums.items()}
+            if not all(abs(v) < float("inf") for v in means.values()):
+                fail(f"{', '.join(k for k, v in means.items() if not abs(v) < float('inf'))} is not finite at iteration "
+                     f"{step + 1}; lower the learning rates or try --mixed_precision no")
+            history.append({"step": step + 1, **means})
+            progress.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()))
+            sums = {}
+        if args.preview_steps and (step + 1) % args.preview_steps == 0:
+            preview(out / "previews" / f"{step + 1:05d}.png")
+        if (step + 1) % args.checkpointing_steps == 0 or stop:
+            checkpoint(step + 1)
+        if stop:
+            print(f"\nstopped after iteration {step + 1}; go on with: python train.py --concept {args.concept} --resume_from_checkpoint latest")
+            sys.exit(stop[0])
+
+    # -- save ---------------------------------------------------------------------------------------------------
+    save_run(out, pair, moved, vars(args))
+    save_json(out / "log.json", history)
+    save_png(curves(history), out / "losses.png")
+    preview(out / "preview.png")
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {out}: preview.png, losses.png, student and teacher weights")
+    print(f'sample it: python sample.py --prompt "a {name} on the beach"')
+
+
+if __name__ == "__main__":
+    main()
