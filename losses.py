@@ -42,7 +42,10 @@ def latent_per_sample(a, b):
 
 
 def srgb_to_lab(x):
-    """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65, divided by 100 so that L is in [0, 1]."""
+    """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65, divided by 100 so that L is in [0, 1].
+
+    The division is ours: on the usual scale (L to 100) the same distance takes a hundredth of the weight.
+    """
     linear = torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
     to_xyz = x.new_tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]])
     white = x.new_tensor([.95047, 1., 1.08883])
@@ -90,11 +93,15 @@ def adversarial_per_sample(logits):
     return F.cross_entropy(logits, torch.ones_like(logits[:, 0], dtype=torch.long), reduction="none")
 
 
-def critic(real, fake):
-    """Two-class cross-entropy of one head: photos are class 1, student images class 0; each averaged, then halved."""
+def critic(real, fake, weight):
+    """Two-class cross-entropy of one head: photos are class 1, student images class 0; each averaged, then halved.
+
+    weight (B,) of each student image; one that no photo could be compared with has 0.
+    """
     one = torch.ones_like(real[:, 0], dtype=torch.long)
     zero = torch.zeros_like(fake[:, 0], dtype=torch.long)
-    return (F.cross_entropy(real, one) + F.cross_entropy(fake, zero)) / 2
+    on_fake = (F.cross_entropy(fake, zero, reduction="none") * weight).sum() / weight.sum().clamp(min=1e-6)
+    return (F.cross_entropy(real, one) + on_fake) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs.
 """
 import json
-import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data.images import fail
+from data.images import fail, write_atomically
 
 ROOT = Path(__file__).resolve().parent
 BASES = {"emoji": ROOT / "data" / "emoji" / "base"}
@@ -122,12 +122,13 @@ class ConceptText(nn.Module):
     """
 
     def __init__(self, tokenizer, encoder, token, class_word):
+        from transformers import AddedToken
         super().__init__()
         self.tokenizer, self.encoder, self.token = tokenizer, encoder.requires_grad_(False), token
         table = encoder.get_input_embeddings()
         ids = tokenizer(class_word, add_special_tokens=False).input_ids
         start = table.weight[ids].mean(0, keepdim=True).detach().clone()  # (1, d)
-        tokenizer.add_tokens(token)
+        tokenizer.add_tokens(AddedToken(token, single_word=token.isalnum(), normalized=False))
         self.token_id = tokenizer.convert_tokens_to_ids(token)
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self.row = nn.Parameter(start)
@@ -233,7 +234,6 @@ class Encoder(nn.Module):
         if "text" in heads:
             self.text = CLIPTextModel.from_pretrained(folder / "text").float()
             self.register_buffer("to_text", heads["text"].float())
-            self.logit_scale = heads["logit_scale"].exp().item()
         self.eval().requires_grad_(False)
 
     @property
@@ -276,7 +276,8 @@ def save_run(folder, pair, moved, flags):
     for part, name in ((folder, "student"), (folder / "teacher", "teacher")):
         save_tensors(part / "unet_delta.safetensors", moved[name])
         save_tensors(part / "learned_embeds.safetensors", {pair.text.token: pair.text.row})
-    save_json(folder / "config.json", {"format": "echodistill-1", "flags": flags, "torch": torch.__version__})
+    versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
+    save_json(folder / "config.json", {"format": "echodistill-1", "flags": flags, "versions": versions})
 
 
 def load_run(folder, pair):
@@ -294,17 +295,6 @@ def load_run(folder, pair):
 # ---------------------------------------------------------------------------------------------------------------
 # Files: everything on disk is safetensors + JSON, written to a temporary name and renamed.
 
-def write_atomically(path, write):
-    """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
 def save_tensors(path, tensors, metadata=None):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(path, lambda p: save_file(tensors, p, metadata={k: str(v) for k, v in (metadata or {}).items()}))
@@ -314,28 +304,30 @@ def save_json(path, value):
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
-def save_checkpoint(path, modules, optimizers, meta, generators=()):
+def save_checkpoint(path, modules, optimizers, meta):
     """One safetensors file that holds all that a run needs to go on.
 
     modules      {name: nn.Module or {name: tensor}}, optimizers {name: torch.optim.Optimizer}
-    meta         JSON-able facts (step, flags), generators {name: torch.Generator}
+    meta         JSON-able facts (step, flags)
     """
     tensors = {}
     for name, module in modules.items():
         state = module if isinstance(module, dict) else module.state_dict()
-        tensors |= {f"{name}/{k}": v.clone() for k, v in state.items()}
+        tensors |= {f"{name}/{k}": v for k, v in state.items()}
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{name}/{i}/{k}": torch.as_tensor(v).clone() for k, v in state.items()}
-    for name, generator in dict(generators).items():
-        tensors[f"generator/{name}"] = generator.get_state().clone()
+            tensors |= {f"optimizer.{name}/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
     save_tensors(path, tensors, {"meta": json.dumps(meta)})
 
 
-def load_checkpoint(path, modules, optimizers, generators=()):
-    """Restore what `save_checkpoint` wrote, in place; returns its meta and the tensors of "echo", if any."""
+def read_meta(path):
+    """The meta of a checkpoint, without its tensors."""
     with safe_open(path, "pt") as f:
-        meta = json.loads(f.metadata()["meta"])
+        return json.loads(f.metadata()["meta"])
+
+
+def load_checkpoint(path, modules, optimizers):
+    """Restore what `save_checkpoint` wrote, in place; returns its meta and the tensors of "echo", if any."""
     groups = {}
     for key, value in load_file(path).items():
         name, _, rest = key.partition("/")
@@ -352,6 +344,4 @@ def load_checkpoint(path, modules, optimizers, generators=()):
             i, k = key.split("/")
             state.setdefault(int(i), {})[k] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, generator in dict(generators).items():
-        generator.set_state(groups["generator"][name])
-    return meta, groups.get("echo", {})
+    return read_meta(path), groups.get("echo", {})

@@ -17,10 +17,10 @@ from model import load_pair, load_run, pick_device
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--prompt", required=True, help='what to draw, for example "a <v> dog on the beach"')
     p.add_argument("--run", help="folder that train.py wrote; default: the newest under out/")
-    p.add_argument("--num_images", type=int, default=8)
+    p.add_argument("--num_images", type=int, default=8, help="pictures to draw")
     p.add_argument("--steps", type=int, help="1, 2 or 4 for the student (default 1); any number for --teacher (default 16)")
     p.add_argument("--seed", type=int, default=0, help="of the first image; image i uses seed + i")
     p.add_argument("--teacher", action="store_true", help="draw with the multi-step teacher instead of the student")
@@ -33,25 +33,27 @@ def parse_arguments(argv=None):
         fail('--prompt is empty; say what to draw, for example "a <v> dog on the beach"')
     if args.num_images < 1:
         fail(f"--num_images must be at least 1, not {args.num_images}")
-    args.steps = args.steps or (16 if args.teacher else 1)
+    args.steps = (16 if args.teacher else 1) if args.steps is None else args.steps
     if args.steps < 1 or not args.teacher and args.steps not in (1, 2, 4):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
-    args.run = Path(args.run) if args.run else latest_run()
-    if not (args.run / "config.json").is_file():
-        fail(f"--run {args.run} holds no finished run (no config.json); train one with: python train.py --concept data/dog")
-    try:
-        args.flags = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["flags"]
-    except (ValueError, KeyError):
-        fail(f"{args.run / 'config.json'} is damaged; train again, or name another run with --run")
+    args.run, args.flags = read_run(args.run)
     return args
 
 
-def latest_run(root="out"):
-    """The run whose config.json is newest."""
-    configs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not configs:
-        fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
-    return configs[-1].parent
+def read_run(folder=None, root="out"):
+    """(folder, flags) of a finished run; without a folder, the one under root whose config.json is newest."""
+    if folder is None:
+        configs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+        if not configs:
+            fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
+        folder = configs[-1].parent
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        fail(f"--run {folder} holds no finished run (no config.json); train one with: python train.py --concept data/dog")
+    try:
+        return Path(folder), json.loads(config.read_text(encoding="utf-8"))["flags"]
+    except (ValueError, KeyError):
+        fail(f"{config} is damaged; train again, or name another run with --run")
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def main(argv=None):
     token, prompt, flags = args.flags["token"], args.prompt, args.flags
     if args.base_only:
         prompt = " ".join(prompt.replace(token, " ").split())
-    elif token not in prompt.split():
+    elif token not in prompt:
         print(f"note: the prompt does not hold {token}, so the subject of {args.run} need not appear")
     device, why = pick_device(args.device)
     pair = load_pair(flags["base"], token, flags["class_word"], device)
@@ -68,18 +70,21 @@ def main(argv=None):
         load_run(args.run, pair)
     print(f"run {args.run}, device {device} ({why}), {'teacher' if args.teacher else 'student'}, {args.steps} step(s)")
 
-    model, guidance = (pair.teacher, args.guidance_scale or flags["guidance_scale"]) if args.teacher else (pair.student, 1.0)
+    guidance = flags["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
+    model, guidance = (pair.teacher, guidance) if args.teacher else (pair.student, 1.0)
     noise = torch.cat([torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(args.seed + i))
                        for i in range(args.num_images)]).to(device)
     context, empty, images, seconds = pair.text([prompt]), pair.text([""]), [], 0.0
-    for part in noise.split(8):
+    for part in noise.split(1 if device.type == "cpu" else 8):  # on a CPU an image is bitwise the same in any batch
         start = time.perf_counter()
         images.append(pair.decode(model.sample(part, context.expand(len(part), -1, -1), args.steps, empty, guidance)).cpu())
         seconds += time.perf_counter() - start
     images = torch.cat(images)
 
     out = Path(args.output_dir) if args.output_dir else args.run / "samples"
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] + ("-teacher" if args.teacher else "") + ("-base" if args.base_only else "")
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    words += ("-teacher" if args.teacher else "") + ("-base" if args.base_only else "")
+    words += f"-{args.steps}steps" if args.steps != (16 if args.teacher else 1) else ""
     for i, image in enumerate(to_pil(images)):
         save_png(image, out / f"{words}-seed{args.seed + i}.png")
     sheet = out / f"{words}-grid.png"

@@ -6,7 +6,8 @@ A teacher and a one-step student train together around one text encoder (joint s
 echoed back to both (echo stage). README.md maps the paper to the code.
 """
 import argparse
-import json
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -18,12 +19,15 @@ from tqdm import tqdm
 
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
-from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, pick_device, save_checkpoint,
+from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, pick_device, read_meta, save_checkpoint,
                    save_json, save_run, trainable_parameters)
 
 
-def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps"}
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                 epilog="flags without a default take it from the base's recipe (RECIPES in model.py)")
     yes_no = argparse.BooleanOptionalAction
 
@@ -41,16 +45,17 @@ def parse_arguments(argv=None):
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--max_train_steps", type=int, help="iterations of the joint stage")
-    g.add_argument("--train_batch_size", type=int)
+    g.add_argument("--train_batch_size", type=int, help="images per iteration and model")
     g.add_argument("--teacher_lr", type=float, help="0 freezes the teacher")
     g.add_argument("--student_lr", type=float, help="0 freezes the student")
     g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
-    g.add_argument("--critic_lr", type=float)
-    g.add_argument("--weight_decay", type=float, default=1e-2)
-    g.add_argument("--max_grad_norm", type=float, default=1.0)
-    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
+    g.add_argument("--weight_decay", type=float, default=1e-2, help="AdamW, not on the token; 0 switches it off")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each role are clipped to this norm")
+    g.add_argument("--seed", type=int, default=42, help="of everything; same seed, same bytes on a CPU")
 
-    g = p.add_argument_group("losses (a weight of 0 switches a term off and saves its cost)")
+    g = p.add_argument_group("losses (a weight of 0 switches a term off)")
+    g.add_argument("--reconstruction_weight", type=float, default=1.0, help="teacher on the photos; 0 freezes teacher and token")
     g.add_argument("--adversarial_weight", type=float, help="student against the photos, per discriminator")
     g.add_argument("--scene_adversarial_weight", type=float, help="the same on scene prompts, which no photo shows")
     g.add_argument("--identity_weight", type=float, help="1 - cosine of image tokens, student against teacher")
@@ -77,10 +82,15 @@ def parse_arguments(argv=None):
     g = p.add_argument_group("logging and checkpoints")
     g.add_argument("--log_steps", type=int, default=10, help="iterations per point of the loss curves")
     g.add_argument("--preview_steps", type=int, default=100, help="iterations per preview grid; 0 draws only the last")
-    g.add_argument("--checkpointing_steps", type=int, default=100)
+    g.add_argument("--checkpointing_steps", type=int, default=100, help="iterations per checkpoint")
     g.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint file')
 
-    args = p.parse_args(argv)
+    return p
+
+
+def parse_arguments(argv=None):
+    """Flags with the base's recipe filled in; everything that the input alone tells is refused here."""
+    args = parser().parse_args(argv)
     if args.base not in BASES and not Path(args.base, "teacher").is_dir():
         fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     for name, value in RECIPES.get(args.base, RECIPES["emoji"]).items():
@@ -104,9 +114,12 @@ def parse_arguments(argv=None):
         if getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
-                 "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name} must not be negative, got {getattr(args, name)}")
+                 "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay", "reconstruction_weight",
+                 "guidance_scale"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
+    if not args.max_grad_norm > 0:
+        fail(f"--max_grad_norm must be above 0, not {args.max_grad_norm}; inf switches clipping off")
     for name in ("scene_prompts", "echo_keep", "echo_floor", "echo_share"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
@@ -151,7 +164,6 @@ class Photos:
 
 def main(argv=None):
     args = parse_arguments(argv)
-    torch.manual_seed(args.seed)  # the critics' initial weights
     device, why = pick_device(args.device)
     out = Path(args.output_dir)
     name = f"{args.token} {args.class_word}"
@@ -161,16 +173,17 @@ def main(argv=None):
     encoders = load_encoders(args.base, device)
     prompts = load_prompts("emoji")
     photos = load_photos(args.concept, pair.resolution).to(device)
+    torch.manual_seed(args.seed)
     heads = {k: Critic(e.width).to(device) for k, e in encoders.items()}
     moved = {k: trainable_parameters(d.unet, args.train_unet) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
     for p in [*moved["teacher"].values(), *moved["student"].values()]:
         p.requires_grad_(True)
     optimizers = {
-        "teacher": torch.optim.AdamW([{"params": moved["teacher"].values(), "lr": args.teacher_lr},
-                                      {"params": [pair.text.row], "lr": args.token_lr, "weight_decay": 0}],
-                                     weight_decay=args.weight_decay),
-        "student": torch.optim.AdamW(moved["student"].values(), lr=args.student_lr, weight_decay=args.weight_decay),
-        "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr)}
+        "teacher": torch.optim.AdamW(moved["teacher"].values(), lr=args.teacher_lr, weight_decay=args.weight_decay, fused=True),
+        "token": torch.optim.AdamW([pair.text.row], lr=args.token_lr, weight_decay=0),
+        "student": torch.optim.AdamW(moved["student"].values(), lr=args.student_lr, weight_decay=args.weight_decay, fused=True),
+        "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr,
+                                    weight_decay=args.weight_decay)}
     state = {"teacher": moved["teacher"], "student": moved["student"], "token": {"row": pair.text.row}, **heads}
     total = args.max_train_steps + args.echo_steps
     print(f"device {device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {pair.teacher.prediction_type}, "
@@ -180,21 +193,33 @@ def main(argv=None):
     print(f"{args.max_train_steps} joint and {args.echo_steps} echo iterations of batch {args.train_batch_size}")
 
     # -- resume -------------------------------------------------------------------------------------------------
-    first, history, echo = 0, [], None
+    first, history, sums, echo = 0, [], {}, None
     if args.resume_from_checkpoint:
+        saved = read_meta(args.resume_from_checkpoint)["flags"]
+        for k, v in vars(args).items():
+            if k not in MAY_CHANGE_ON_RESUME and saved.get(k) != v:
+                fail(f"--{k} is {v} but the checkpoint was made with {saved.get(k)}; give the same flags to resume")
         meta, extra = load_checkpoint(args.resume_from_checkpoint, state, optimizers)
         first, history = meta["step"], meta["history"]
+        sums = {k: [torch.tensor(x, device=device) for x in v] for k, v in meta["sums"].items()}
         echo = {"images": extra["images"].to(device), "prompts": meta["echo_prompts"]} if "images" in extra else None
         print(f"resumed {args.resume_from_checkpoint} at iteration {first}")
+
+    else:
+        shutil.rmtree(out / "previews", ignore_errors=True)
+        (out / "echo.png").unlink(missing_ok=True)
 
     def checkpoint(step):
         extra = {"images": echo["images"]} if echo else {}
         save_checkpoint(out / "checkpoint.safetensors", state | {"echo": extra}, optimizers,
-                        {"step": step, "history": history, "echo_prompts": echo["prompts"] if echo else [], "flags": vars(args)})
+                        {"step": step, "history": history, "sums": {k: [x.item() for x in v] for k, v in sums.items()}, "echo_prompts": echo["prompts"] if echo else [], "flags": vars(args)})
 
     # -- helpers ------------------------------------------------------------------------------------------------
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+    def clip(parameters):
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
     def fill(template, word=""):
         return template.replace("{}", f"{word} {name}".strip())
@@ -204,6 +229,7 @@ def main(argv=None):
 
     with torch.no_grad():
         empty = pair.text([""])
+    asked_from = prompts["templates"] + (prompts["sized"] if args.size_augmentation else [])  # sizes that photos show
     n, shape = args.train_batch_size, pair.latent_shape
     dataset = Photos(photos, args)
     preview_prompts = [fill(p) for p in prompts["preview"]]
@@ -221,7 +247,9 @@ def main(argv=None):
     def gather_echo():
         """The student draws templates and scenes; the best samples by identity, faithful and distinct, come back."""
         g = torch.Generator().manual_seed(args.seed + 1)
-        subjects = [p for _ in range(args.echo_samples) for p in choose(prompts["templates"] + prompts["scenes"], 1, g)]
+        kinds = prompts["templates"] + prompts["scenes"]
+        number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
+        subjects = [kinds[i] for i in number.tolist()]
         images, embeddings, fidelity = [], {"clip": [], "identity": []}, []
         for i in range(0, len(subjects), 32):
             part = subjects[i:i + 32]
@@ -233,8 +261,13 @@ def main(argv=None):
             fidelity.append((embeddings["clip"][-1] * plain).sum(1))
             images.append(x)
         photo = encoders["identity"].embed(encoders["identity"].features(photos))
-        identity = (torch.cat(embeddings["identity"]) @ photo.T).mean(1)
-        keep = losses.select_echo(identity, torch.cat(fidelity), torch.cat(embeddings["clip"]),
+        identity, fidelity = (torch.cat(embeddings["identity"]) @ photo.T).mean(1), torch.cat(fidelity)
+
+        def beside_its_prompt(score):  # prompts differ in how high they score; compare within each
+            same = F.one_hot(number, len(kinds)).float().to(score.device)
+            return score - (same @ ((same.T @ score) / same.sum(0).clamp(min=1)))
+
+        keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(embeddings["clip"]),
                                   max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
         images = torch.cat(images)[keep]
         shown = images[:64].split(8)
@@ -243,12 +276,12 @@ def main(argv=None):
         print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
         return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
 
-    stop = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: sys.exit(128 + number) if stop else stop.append(128 + number))
+    stop = []  # the first Ctrl-C asks for a checkpoint, the second ends the program at once
+    handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number) if stop else stop.append(128 + number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
 
     # -- the loop -----------------------------------------------------------------------------------------------
-    started, sums, progress = time.time(), {}, tqdm(range(first, total), initial=first, total=total, mininterval=1)
+    started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
         if step >= args.max_train_steps and echo is None and not args.echo_real_only:
@@ -256,10 +289,11 @@ def main(argv=None):
 
         # real images with template prompts; in the echo stage, a share of them are echoed samples with their own
         x, mask, said = dataset.batch(n, g)
-        captions = [fill(t, w) for t, w in zip(choose(prompts["templates"][:4], n, g), said)]
+        captions = [fill(t, w) for t, w in zip(choose(prompts["templates"], n, g), said)]
         if echo is not None:
-            echoed = (torch.rand(n, generator=g) < args.echo_share).tolist()
-            pick = torch.randint(len(echo["images"]), (n,), generator=g).tolist()
+            own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # the control draws the same noise
+            echoed = (torch.rand(n, generator=own) < args.echo_share).tolist()
+            pick = torch.randint(len(echo["images"]), (n,), generator=own).tolist()
             for i in range(n):
                 if echoed[i]:
                     x[i], mask[i], captions[i] = echo["images"][pick[i]], 1, echo["prompts"][pick[i]]
@@ -273,13 +307,14 @@ def main(argv=None):
         mask_z = F.interpolate(mask, size=shape[1:], mode="area")
         terms = {"reconstruction": losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)}
         optimizers["teacher"].zero_grad()
-        terms["reconstruction"].backward()
-        torch.nn.utils.clip_grad_norm_([*moved["teacher"].values(), pair.text.row], args.max_grad_norm)
+        optimizers["token"].zero_grad()
+        (args.reconstruction_weight * terms["reconstruction"]).backward()
+        clip(moved["teacher"].values())
         optimizers["teacher"].step()
 
         # ---- 2. student: one step from pure noise
         in_scene = torch.rand(n, generator=g) < args.scene_prompts
-        asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(prompts["templates"], n, g),
+        asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(asked_from, n, g),
                                                              in_scene.tolist())]
         context = pair.text(asked)
         context = context.detach() if args.detach_prompt else context
@@ -291,35 +326,38 @@ def main(argv=None):
         # ---- 3. alignment target: the current teacher denoises the re-noised sample
         t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
         with torch.no_grad(), autocast():
-            z_t = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
-            x_t = pair.decode(z_t)
-            features_t = encoders["identity"].features(x_t)
-        c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones_like(eps[:, 0, 0, 0])
+            z_teacher = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
+            x_teacher = pair.decode(z_teacher)
+            features_teacher = encoders["identity"].features(x_teacher)
+        c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(n, device=device)
 
-        # ---- 4. student's loss
+        # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
         realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
         aligned = torch.zeros_like(c)
         if args.identity_weight:
-            tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_t)]  # (B, 1, d)
+            tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_teacher)]  # (B, 1, d)
             aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
         if args.latent_weight:
-            aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_t)
+            aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
         if args.swd_weight:
             filters = losses.random_projections(args.swd_projections, g).to(device)
-            aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_t, filters)
+            aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_teacher, filters)
         terms["alignment"] = (c * aligned).mean()
         terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
         optimizers["student"].zero_grad()
         (terms["alignment"] + terms["adversarial"]).backward()
-        torch.nn.utils.clip_grad_norm_(moved["student"].values(), args.max_grad_norm)
+        clip(moved["student"].values())
         optimizers["student"].step()
+        optimizers["token"].step()  # holds the teacher's gradient, and with --no-detach_prompt the student's too
 
         # ---- 5. critics: photos (and echoes) against the same student features
         with torch.no_grad(), autocast():
             features_real = {k: e.features(x) for k, e in encoders.items()}
-        terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach())) for k, h in heads.items()) / len(heads)
+        judged = (realism > 0).float()  # a scene that no photo shows would give the student away
+        terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach()), judged) for k, h in heads.items()) / len(heads)
         optimizers["critic"].zero_grad()
         terms["critic"].backward()
+        clip([p for h in heads.values() for p in h.parameters()])
         optimizers["critic"].step()
         # -----------------------------------------------------------------------------------------------------------
 
@@ -338,7 +376,9 @@ def main(argv=None):
         if (step + 1) % args.checkpointing_steps == 0 or stop:
             checkpoint(step + 1)
         if stop:
-            print(f"\nstopped after iteration {step + 1}; go on with: python train.py --concept {args.concept} --resume_from_checkpoint latest")
+            again = [a for a in (sys.argv[1:] if argv is None else argv)]
+            again = again[:again.index("--resume_from_checkpoint")] if "--resume_from_checkpoint" in again else again
+            print(f"\nstopped after iteration {step + 1}; go on with: python train.py {shlex.join(again)} --resume_from_checkpoint latest")
             sys.exit(stop[0])
 
     # -- save ---------------------------------------------------------------------------------------------------
@@ -348,7 +388,9 @@ def main(argv=None):
     preview(out / "preview.png")
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {out}: preview.png, losses.png, student and teacher weights")
-    print(f'sample it: python sample.py --prompt "a {name} on the beach"')
+    print(f'sample it: python sample.py --run {shlex.quote(str(out))} --prompt "a {name} on the beach"')
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
 
 
 if __name__ == "__main__":

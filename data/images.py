@@ -1,5 +1,6 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def fail(message):
     """Say in one sentence what is wrong and how to mend it, and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def write_atomically(path, write):
+    """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    with open(part, "r+b") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
 
 
 def photo_paths(folder):
@@ -33,11 +45,13 @@ def load_photo(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion would clip, not scale
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         fail(f"{path} cannot be read as an image ({type(error).__name__}); replace or remove it")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -58,12 +72,8 @@ def to_pil(images):
 
 
 def save_png(image, path):
-    """Write a PIL image atomically; a grid is never seen half-written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG")
-    part.replace(path)
+    """Write a PIL image as PNG."""
+    write_atomically(path, lambda part: image.save(part, format="PNG"))
 
 
 def grid(rows, scale=1):

@@ -1,6 +1,5 @@
 """Shared fixtures. Run everything with: python -m pytest"""
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +46,3 @@ def exit_of(main, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
     return stop.value.code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
-
-
-sys.path.insert(0, str(Path(__file__).parent))

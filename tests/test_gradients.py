@@ -68,7 +68,7 @@ def test_each_student_term_alone_has_a_gradient(fresh, encoders, term):
 def test_the_critics_loss_stays_in_the_critic(fresh, encoders):
     x = fresh.decode(fresh.student.one_step(torch.randn(2, *fresh.latent_shape), fresh.text(["a dog"] * 2)))
     head, features = Critic(encoders["clip"].width), encoders["clip"].features(x)
-    losses.critic(head(torch.randn_like(features)), head(features.detach())).backward()
+    losses.critic(head(torch.randn_like(features)), head(features.detach()), torch.ones(2)).backward()
     assert reached(fresh) == set() and all(p.grad.abs().sum() > 0 for p in head.parameters())
 
 

@@ -83,7 +83,10 @@ def test_adversarial_and_critic_are_two_class_cross_entropies():
     fake, real = d(4, 2), d(4, 2, seed=1)
     p = lambda logits: torch.softmax(logits, 1)[:, 1]  # noqa: E731  probability of real
     torch.testing.assert_close(losses.adversarial_per_sample(fake), -p(fake).log())
-    torch.testing.assert_close(losses.critic(real, fake), (-p(real).log().mean() - (1 - p(fake)).log().mean()) / 2)
+    weight = torch.tensor([1., 0, 1, 0], dtype=torch.float64)  # images 1 and 3 are not judged
+    by_hand = (-p(real).log().mean() - (1 - p(fake)).log()[[0, 2]].mean()) / 2
+    torch.testing.assert_close(losses.critic(real, fake, weight), by_hand)
+    assert losses.critic(real, fake, 0 * weight).isfinite()
 
 
 def test_echo_keeps_the_most_alike_that_are_faithful_and_distinct():

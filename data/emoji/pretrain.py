@@ -1,7 +1,17 @@
-"""Pretrain the embedded pair, stage by stage, on a CPU or a GPU.
+"""Pretrain the embedded pair, its training encoders and its judges, stage by stage, on a CPU or a GPU.
 
-    python data/emoji/pretrain.py vae
-    ...
+    python data/emoji/pretrain.py clip             # image-text encoder; its text tower starts the base's text encoder
+    python data/emoji/pretrain.py vae              # autoencoder
+    python data/emoji/pretrain.py identity         # instance encoder of the training family
+    python data/emoji/pretrain.py judge_clip       # the judges: other architecture, seed and data order
+    python data/emoji/pretrain.py judge_identity
+    torchrun --nproc_per_node=2 data/emoji/pretrain.py teacher    # one thread a process; plain python works too
+    python data/emoji/pretrain.py pairs --seed 0   # teacher samples to distil; any number of seeds, in parallel
+    torchrun --nproc_per_node=2 data/emoji/pretrain.py student
+    python data/emoji/pretrain.py export           # data/emoji/base in the diffusers layout
+    python data/emoji/pretrain.py measure          # what the judges say of it
+
+Each training stage goes on from its checkpoint in --work after a kill, and writes log.txt and preview.png beside it.
 """
 import argparse
 import os
@@ -20,9 +30,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
-from model import load_checkpoint, save_checkpoint, save_tensors
 from data.images import grid, save_png
+from model import load_checkpoint, save_checkpoint, save_tensors
 from world import World, words
+
+RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
+    "clip": dict(steps=1000, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
+    "judge_clip": dict(steps=700, batch=128, lr=2e-3), "judge_identity": dict(steps=600, batch=64, lr=2e-3),
+    "vae": dict(steps=3500, batch=16, lr=2e-3), "teacher": dict(steps=11800, batch=24, lr=9e-4),
+    "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=3000, batch=24, lr=3e-4),
+    "export": {}, "measure": {}}
 
 
 def run(name, args, modules, optimizers, step, preview):
@@ -104,6 +121,10 @@ def build_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def tokenize(tokenizer, captions, device):
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
 def build_text(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
     return CLIPTextModel(CLIPTextConfig(
@@ -141,19 +162,20 @@ def train_encoder(args):
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
         modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
-    scale = nn.Parameter(torch.tensor(2.6))
+    modules = {k: m.to(args.device) for k, m in modules.items()}
+    scale = nn.Parameter(torch.tensor(2.6, device=args.device))
     parameters = [p for m in modules.values() for p in m.parameters()] + [scale]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=.02, fused=True)
 
     def embed(images):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and not judge):  # ConvNeXt is faster in fp32
-            features = modules["vision"](images).last_hidden_state
+            features = modules["vision"](images.to(args.device)).last_hidden_state
         return modules["image"](features.float().mean((2, 3)))
 
     def step(i, g):
         if with_text:
             batch = world.sample(args.batch, g)
-            ids = tokenizer(batch.captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            ids = tokenize(tokenizer, batch.captions, args.device)
             a, b = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output)
         else:
             a, b = embed(world.individuals(args.batch, g).flatten(0, 1)).chunk(2)
@@ -187,7 +209,7 @@ def principal_components(args):
         scale /= (values * scale ** 2).mean().sqrt()
         basis = (vectors * scale).T
         save_tensors(path, {"basis": basis.view(CHANNELS, 3, PATCH, PATCH).float(), "mean": (basis @ mean).float()})
-    return load_file(path)
+    return load_file(path, device=args.device)
 
 
 def to_latents(pca, x):
@@ -220,15 +242,16 @@ def follow(ema, model, step, decay=.999):
 
 def train_vae(args):
     torch.manual_seed(args.seed)
-    vae, ema, world, pca = build_vae(), build_vae().requires_grad_(False), World("pretrain+extra"), principal_components(args)
+    vae, ema = build_vae().to(args.device), build_vae().to(args.device).requires_grad_(False)
+    world, pca = World("pretrain+extra"), principal_components(args)
     ema.load_state_dict(vae.state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-    fixed = world.sample(32, torch.Generator().manual_seed(1)).images
+    fixed = world.sample(32, torch.Generator().manual_seed(1)).images.to(args.device)
 
     def step(i, g):
-        x = world.sample(args.batch, g).images.contiguous(memory_format=torch.channels_last)
+        x = world.sample(args.batch, g).images.to(args.device, memory_format=torch.channels_last)
         z = to_latents(pca, x)
-        noisy = (z + .07 * torch.randn(z.shape, generator=g)) / SCALING
+        noisy = (z + .07 * torch.randn(z.shape, generator=g).to(z)) / SCALING
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             code = vae.encoder(x)
             out = vae.decode(noisy).sample
@@ -280,24 +303,22 @@ def train_teacher(args):
     if clip.exists():
         text.load_state_dict({k[5:]: v for k, v in load_file(clip).items() if k.startswith("text/")})
         print("text encoder starts from the clip stage")
-    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(tokenizer)]).requires_grad_(False)
-    both = nn.ModuleList([unet, text])
+    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(tokenizer)]).requires_grad_(False).to(args.device)
+    both = nn.ModuleList([unet, text]).to(args.device)
     ema.load_state_dict(both.state_dict())
     optimizer = torch.optim.AdamW(both.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=.01, fused=True)
-    bar = alphas_cumprod()
-
-    def tokens(captions):
-        return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    bar = alphas_cumprod().to(args.device)
 
     def step(i, g):
         batch = world.sample(args.batch, g)
         n = args.batch
         dropped = torch.rand(n, generator=g) < .1
-        ids = tokens(["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
-        z, eps = to_latents(pca, batch.images), torch.randn(n, CHANNELS, 8, 8, generator=g)
+        ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())], args.device)
+        z = to_latents(pca, batch.images.to(args.device))
+        eps = torch.randn(n, CHANNELS, 8, 8, generator=g).to(z)
         t = torch.sigmoid(torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
-        t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
+        t = torch.where(torch.rand(n, generator=g) < .06, 999, t).to(args.device)
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         s = (1 - a ** 2).sqrt()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -314,21 +335,20 @@ def train_teacher(args):
         return {"v": loss_v, "eps": loss_e}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
-    ids, empty = tokens(fixed.captions), tokens([""] * 24)
-    noise = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6))
+    ids, empty = tokenize(tokenizer, fixed.captions, args.device), tokenize(tokenizer, [""] * 24, args.device)
+    noise = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
 
     @torch.no_grad()
     def preview():
-        both.eval()
         z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
-        return torch.stack([fixed.images, show(args, pca, z)], 1).flatten(0, 1)
+        return torch.stack([fixed.images, show(args, pca, z).cpu()], 1).flatten(0, 1)
 
     run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, step, preview)
 
 
 def ddim(unet, noise, text, empty, steps, guidance):
     """Deterministic DDIM of the v head from pure noise with classifier-free guidance; returns z (B, 24, 8, 8)."""
-    bar, z = alphas_cumprod(), noise
+    bar, z = alphas_cumprod().to(noise), noise
     times = torch.linspace(999, 0, steps + 1).round().long()
     for now, then in zip(times[:-1], times[1:]):
         v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample[:, :CHANNELS].float()
@@ -336,7 +356,7 @@ def ddim(unet, noise, text, empty, steps, guidance):
         v = v0 + guidance * (v - v0)
         a, s = bar[now].sqrt(), (1 - bar[now]).sqrt()
         x0, eps = a * z - s * v, s * z + a * v
-        b = bar[then] if then > 0 else torch.tensor(1.0)
+        b = bar[then] if then > 0 else torch.ones_like(bar[0])
         z = b.sqrt() * x0 + (1 - b).sqrt() * eps
     return z
 
@@ -345,7 +365,7 @@ def show(args, pca, z):
     """Decode with the autoencoder if its stage has run, else linearly."""
     path = Path(args.work) / "vae" / "checkpoint.safetensors"
     if path.exists():
-        vae = build_vae()
+        vae = build_vae().to(args.device)
         vae.load_state_dict({k[4:]: v for k, v in load_file(path).items() if k.startswith("ema/")})
         return vae.decode(z / SCALING).sample
     flat = pca["basis"].flatten(1)
@@ -362,7 +382,7 @@ def load_teacher(args):
     ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
     state = load_file(Path(args.work) / "teacher" / "checkpoint.safetensors")
     ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema/")})
-    return ema.requires_grad_(False).eval()
+    return ema.requires_grad_(False).eval().to(args.device)
 
 
 def make_pairs(args):
@@ -372,11 +392,10 @@ def make_pairs(args):
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-        empty = text(tokenizer([""] * args.batch, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+        empty = text(tokenize(tokenizer, [""] * args.batch, args.device)).last_hidden_state
         for _ in tqdm(range(args.steps), desc="pairs", mininterval=5):
-            ids = tokenizer(world.sample(args.batch, g).captions, padding="max_length", truncation=True,
-                            return_tensors="pt").input_ids
-            noise = torch.randn(args.batch, CHANNELS, 8, 8, generator=g)
+            ids = tokenize(tokenizer, world.sample(args.batch, g).captions, args.device)
+            noise = torch.randn(args.batch, CHANNELS, 8, 8, generator=g).to(args.device)
             z = ddim(unet, noise, text(ids).last_hidden_state, empty, 12, args.guidance)
             for k, v in (("noise", noise.half()), ("z", z.half()), ("ids", ids.short())):
                 rows[k].append(v)
@@ -404,7 +423,7 @@ def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
     world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
-    unet, ema, critic = build_unet(), build_unet(), LatentCritic()
+    unet, ema, critic = (m.to(args.device) for m in (build_unet(), build_unet(), LatentCritic()))
     state = trunk.state_dict()
     state |= {k: state[k][CHANNELS:] for k in ("conv_out.weight", "conv_out.bias")}
     unet.load_state_dict(state)
@@ -412,10 +431,10 @@ def train_student(args):
     ema.requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(.5, .99), weight_decay=.01, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(.5, .99), fused=True)
-    shards = [load_file(p) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
+    shards = [load_file(p, device=args.device) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
     noise, target, captions = (torch.cat([s[k] for s in shards]) for k in ("noise", "z", "ids"))
     print(f"{len(noise)} pairs")
-    bar = alphas_cumprod()
+    bar = alphas_cumprod().to(args.device)
 
     def predict(unet, z_t, t, context):
         a = bar[t].sqrt().view(-1, 1, 1, 1)
@@ -425,19 +444,18 @@ def train_student(args):
         n = args.batch
         row = torch.randint(len(noise), (n,), generator=g)
         eps, z0, ids = noise[row].float(), target[row].float(), captions[row].long()
-        t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)]
+        t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)].to(args.device)
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         first = (t == 999).view(-1, 1, 1, 1)
-        z_t = torch.where(first, 0, a * z0) + (1 - a ** 2).sqrt() * torch.where(first, eps, torch.randn(eps.shape, generator=g))
+        z_t = torch.where(first, 0, a * z0) + (1 - a ** 2).sqrt() * torch.where(first, eps, torch.randn(eps.shape, generator=g).to(eps))
         with torch.no_grad():
             encoded = text(ids)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             z = predict(unet, z_t, t, encoded.last_hidden_state)
         batch = world.sample(n, g)
-        real = to_latents(pca, batch.images)
+        real = to_latents(pca, batch.images.to(args.device))
         with torch.no_grad():
-            real_caption = text(tokenizer(batch.captions, padding="max_length", truncation=True,
-                                          return_tensors="pt").input_ids).pooler_output
+            real_caption = text(tokenize(tokenizer, batch.captions, args.device)).pooler_output
         # student
         regression = F.smooth_l1_loss(z, z0, beta=.5)
         realness = -critic(z, encoded.pooler_output).mean()
@@ -460,16 +478,15 @@ def train_student(args):
         return {"regression": regression, "realness": -realness, "critic": loss_d}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
-    ids = tokenizer(fixed.captions, padding="max_length", return_tensors="pt").input_ids
-    start = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6))
+    start = torch.randn(24, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
 
     @torch.no_grad()
     def preview():
-        context = text(ids).last_hidden_state
-        empty = text(tokenizer([""] * 24, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
-        t = torch.full((24,), 999)
+        context, empty = (text(tokenize(tokenizer, c, args.device)).last_hidden_state for c in (fixed.captions, [""] * 24))
+        t = torch.full((24,), 999, device=args.device)
         z = predict(ema, (1 - bar[999]).sqrt() * start, t, context)
-        return torch.stack([show(args, pca, ddim(trunk, start, context, empty, 12, args.guidance)), show(args, pca, z)], 1).flatten(0, 1)
+        teacher = ddim(trunk, start, context, empty, 12, args.guidance)
+        return torch.stack([show(args, pca, teacher), show(args, pca, z)], 1).flatten(0, 1)
 
     run("student", args, {"unet": unet, "ema": ema, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, step, preview)
 
@@ -496,7 +513,8 @@ def export(args):
     state = trunk.state_dict()
     teacher.load_state_dict(state | {k: state[k][:CHANNELS] for k in ("conv_out.weight", "conv_out.bias")})
     student.load_state_dict(part("student", "ema"))
-    noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+    noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
+             "steps_offset": 1}
     schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
                   "student": EulerDiscreteScheduler(prediction_type="epsilon", **noise)}
     for name, unet in (("teacher", teacher), ("student", student)):
@@ -576,20 +594,23 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stage", choices=STAGES)
     p.add_argument("--work", default=str(HERE / "work"), help="folder for checkpoints, logs and previews")
-    p.add_argument("--base", default=str(HERE / "base"), help="folder that `export` writes")
-    p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
-    p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
-    p.add_argument("--guidance", type=float, default=3.0)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--steps", type=int, default=2000)
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--base", default=str(HERE / "base"), help="folder that `export` writes and `measure` reads")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast where it helps")
+    p.add_argument("--threads", type=int, default=1, help="per process")
+    p.add_argument("--steps", type=int, help="may be raised on resume until the learning rate decays (last 30 %%)")
+    p.add_argument("--batch", type=int, help="per process")
+    p.add_argument("--lr", type=float)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
+    p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
+    p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)
-    p.add_argument("--save_every", type=int, default=200)
-    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--save_every", type=int, default=500)
     args = p.parse_args()
+    for key, value in RECIPE[args.stage].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     torch.set_num_threads(args.threads)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")

@@ -274,7 +274,8 @@ class World:
 
     p   probabilities of the grammar's optional parts
     """
-    P = {"colour": .2, "spotted": .05, "size": .15, "beside": .1, "place": .92, "medium": .35, "tilt": .1}
+    P = {"colour": .2, "spotted": .05, "size": .15, "beside": .1, "place": .92, "medium": .35,
+         "tilt": .08, "flip": .12, "shift": .2}  # the last three are geometry that no caption names
 
     def __init__(self, splits="pretrain", p=None):
         self.entries, tiles = load_sprites(splits.split("+"))
@@ -340,7 +341,7 @@ class World:
             views.append(paint(canvas, rgba, pixels, centre, u[0] * .5 - .25, u[1] < .5))
         return torch.stack(views).clamp(0, 1) * 2 - 1
 
-    def sample(self, n, g, flat_share=.25, style=None):
+    def sample(self, n, g, flat_share=.2, style=None):
         """n pictures with captions, all randomness from the generator g; `style` forces "3d" or "flat"."""
         def chance(p):
             return torch.rand(n, generator=g) < p
@@ -366,23 +367,23 @@ class World:
         spotted = chance(self.p["spotted"]) & (colour < 0)
 
         canvas = self.canvas(place, g)
-        room = ((SIZE - pixels) / 2 / GRID).floor().clamp(max=1)  # cells to either side
+        room = ((SIZE - pixels) / 2 / GRID).floor().clamp(max=1) * chance(self.p["shift"])  # cells to either side
         side = torch.where(chance(.5), -1.0, 1.0)
         x = torch.where(two, 2 * side, (uniform(-1.5, 1.5)).round() * room)
-        y = torch.where(two, uniform(-.5, 1.5).round(), (uniform(-1.5, 1.5)).round() * room)
+        y = torch.where(two, 1.0, (uniform(-1.5, 1.5)).round() * room)
         centre = torch.stack([x, y], 1) * 2 * GRID / SIZE
 
         def tilt():
             return torch.where(chance(self.p["tilt"]), uniform(-.2, .2), 0)
 
-        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, centre, tilt(), chance(.5))
+        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, centre, tilt(), chance(self.p["flip"]))
         other_colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
         rows = torch.where(two)[0]
         if len(rows):
             other = self.pick(beside[rows], flat[rows], g)
             rgba = self.dress(other, g, other_colour[rows])
             spot = centre[rows] * torch.tensor([-1.0, 1.0])
-            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, pixels[rows], spot, tilt()[rows], chance(.5)[rows]))
+            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, pixels[rows], spot, tilt()[rows], chance(self.p["flip"])[rows]))
 
         say_place = chance(self.p["place"])
         names = list(COLOURS)
@@ -417,9 +418,9 @@ def portraits(name, n=5, seed=0):
     sprite = torch.tensor([[e["name"] for e in world.entries].index(name)] * n)
     place = torch.tensor([PLACES.index(PORTRAIT_PLACES[i % len(PORTRAIT_PLACES)]) for i in range(n)])
     pixels = torch.full((n,), float(SIZES[""]))
-    centre = (torch.rand(n, 2, generator=g) * 3 - 1.5).round() * 2 * GRID / SIZE
+    centre = torch.zeros(n, 2)
     rgba = world.dress(sprite, g, jitter=False)
-    flip = torch.rand(n, generator=g) < .5
+    flip = torch.zeros(n, dtype=torch.bool)
     return paint(world.canvas(place, g), rgba, pixels, centre, torch.zeros(n), flip).clamp(0, 1) * 2 - 1
 
 
