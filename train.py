@@ -50,6 +50,7 @@ def parser():
     g.add_argument("--student_lr", type=float, help="0 freezes the student")
     g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
     g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
+    g.add_argument("--lr_decay", type=float, help="last share of all iterations in which the learning rates fall to 0 (paper: 0)")
     g.add_argument("--weight_decay", type=float, default=1e-2, help="AdamW, not on the token; 0 switches it off")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each role are clipped to this norm")
     g.add_argument("--seed", type=int, default=42, help="of everything; same seed, same bytes on a CPU")
@@ -68,7 +69,7 @@ def parser():
 
     g = p.add_argument_group("data")
     g.add_argument("--scene_prompts", type=float, help="share of the student's prompts that are scenes (paper: 0)")
-    g.add_argument("--flip", action=yes_no, default=True, help="mirror photos at random")
+    g.add_argument("--flip", action=yes_no, default=None, help="mirror photos at random (paper: yes)")
     g.add_argument("--size_augmentation", action=yes_no, default=None, help="shrink or zoom photos, and say so in the prompt")
 
     g = p.add_argument_group("echo")
@@ -120,7 +121,7 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
         fail(f"--max_grad_norm must be above 0, not {args.max_grad_norm}; inf switches clipping off")
-    for name in ("scene_prompts", "echo_keep", "echo_floor", "echo_share"):
+    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
     if not args.token.strip() or any(c.isspace() for c in args.token):
@@ -284,6 +285,8 @@ def main(argv=None):
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
+        for k, o in optimizers.items():
+            o.param_groups[0]["lr"] = getattr(args, f"{k}_lr") * min(1, (total - step) / max(1, args.lr_decay * total))
         if step >= args.max_train_steps and echo is None and not args.echo_real_only:
             echo = gather_echo()
 

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +35,6 @@ def inside_tmp(tmp_path, monkeypatch):
 def train(*flags):
     """Call train.py's main as a user would and return the run's folder."""
     import train as script
-    torch.set_num_threads(2)
     script.main(["--concept", "dog", "--log_steps", "1", "--preview_steps", "0", *map(str, flags)])
     return Path("out") / "dog"
 

@@ -36,9 +36,9 @@ from world import World, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
     "clip": dict(steps=1000, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
-    "judge_clip": dict(steps=700, batch=128, lr=2e-3), "judge_identity": dict(steps=600, batch=64, lr=2e-3),
+    "judge_clip": dict(steps=700, batch=128, lr=2e-3), "judge_identity": dict(steps=400, batch=64, lr=6e-4),
     "vae": dict(steps=3500, batch=16, lr=2e-3), "teacher": dict(steps=11800, batch=24, lr=9e-4),
-    "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=3000, batch=24, lr=3e-4),
+    "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=1900, batch=24, lr=3e-4),
     "export": {}, "measure": {}}
 
 
@@ -133,7 +133,7 @@ def build_text(tokenizer):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
 
 
-WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 160}
+WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 192}
 
 
 def build_vision(stage):
@@ -160,6 +160,9 @@ def train_encoder(args):
     world = World("pretrain" if with_text else "pretrain+extra")
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
+    if args.stage == "judge_identity":  # from scratch it had learned little after 350 steps (LOG.md)
+        state = load_file(Path(args.work) / "judge_clip" / "checkpoint.safetensors")
+        modules["vision"].load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("vision/")})
     if with_text:
         modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
     modules = {k: m.to(args.device) for k, m in modules.items()}
@@ -423,12 +426,10 @@ def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
     world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
-    unet, ema, critic = (m.to(args.device) for m in (build_unet(), build_unet(), LatentCritic()))
+    unet, critic = build_unet().to(args.device), LatentCritic().to(args.device)
     state = trunk.state_dict()
     state |= {k: state[k][CHANNELS:] for k in ("conv_out.weight", "conv_out.bias")}
     unet.load_state_dict(state)
-    ema.load_state_dict(state)
-    ema.requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(.5, .99), weight_decay=.01, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(.5, .99), fused=True)
     shards = [load_file(p, device=args.device) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
@@ -466,7 +467,6 @@ def train_student(args):
         average_gradients(unet)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        follow(ema, unet, i, .998)
         # critic
         on_real, on_fake = critic(real, real_caption), critic(z.detach(), encoded.pooler_output)
         on_wrong = critic(real, real_caption.roll(1, 0))
@@ -484,11 +484,11 @@ def train_student(args):
     def preview():
         context, empty = (text(tokenize(tokenizer, c, args.device)).last_hidden_state for c in (fixed.captions, [""] * 24))
         t = torch.full((24,), 999, device=args.device)
-        z = predict(ema, (1 - bar[999]).sqrt() * start, t, context)
+        z = predict(unet, (1 - bar[999]).sqrt() * start, t, context)
         teacher = ddim(trunk, start, context, empty, 12, args.guidance)
         return torch.stack([show(args, pca, teacher), show(args, pca, z)], 1).flatten(0, 1)
 
-    run("student", args, {"unet": unet, "ema": ema, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, step, preview)
+    run("student", args, {"unet": unet, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def export(args):
     teacher, student = build_unet(), build_unet()
     state = trunk.state_dict()
     teacher.load_state_dict(state | {k: state[k][:CHANNELS] for k in ("conv_out.weight", "conv_out.bias")})
-    student.load_state_dict(part("student", "ema"))
+    student.load_state_dict(part("student", "unet"))
     noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
              "steps_offset": 1}
     schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
