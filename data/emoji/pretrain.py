@@ -14,6 +14,7 @@
 Each training stage goes on from its checkpoint in --work after a kill, and writes log.txt and preview.png beside it.
 """
 import argparse
+import json
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
-from model import load_checkpoint, save_checkpoint, save_tensors
+from model import load_checkpoint, save_checkpoint, save_json, save_tensors
 from world import World, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
@@ -99,8 +100,6 @@ def trapezoid(i, steps, warmup=200, decay=.3):
 
 def build_tokenizer(folder):
     """A CLIP byte-pair tokenizer in which every word of the world is one token; saved to and loaded from `folder`."""
-    import json
-
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     folder = Path(folder)
@@ -521,6 +520,8 @@ def export(args):
         StableDiffusionPipeline(vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
                                 scheduler=schedulers[name], safety_checker=None, feature_extractor=None,
                                 requires_safety_checker=False).save_pretrained(base / name)
+    config = base / "teacher" / "text_encoder" / "config.json"  # stored in fp16 like the rest, but to be loaded in fp32 like it
+    save_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
     for shared in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(base / "student" / shared)
         os.symlink(Path("..") / "teacher" / shared, base / "student" / shared)
@@ -547,7 +548,7 @@ def export(args):
 @torch.no_grad()
 def measure(args):
     """Judge's top-1 object (of all nouns) and place (of all places) on args.samples fresh prompts; writes scores and a grid."""
-    from model import Encoder, load_pair, save_json
+    from model import Encoder, load_pair
     from world import PLACES, article
     base = Path(args.base)
     pair, judge, world = load_pair(base, "<v>", "dog"), Encoder(base / "judges" / "clip"), World("pretrain")
