@@ -26,7 +26,7 @@ RECIPES = {"emoji": dict(
     train_unet="all", max_train_steps=260, train_batch_size=4, teacher_lr=2e-4, student_lr=1e-4, token_lr=2e-3, critic_lr=1e-4,
     adversarial_weight=.03, scene_adversarial_weight=0., identity_weight=1., latent_weight=.5, swd_weight=.1, swd_projections=32,
     guidance_scale=3., scene_prompts=.5, size_augmentation=False, flip=False, lr_decay=.4,
-    echo_steps=80, echo_samples=256, echo_keep=.25, echo_floor=.5, echo_share=.5)}
+    echo_steps=80, echo_samples=256, echo_keep=.25, echo_floor=.5, echo_share=.25, echo_noise=.5)}
 
 
 def pick_device(name="auto"):

@@ -80,6 +80,8 @@ def parser():
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
     g.add_argument("--echo_share", type=float, help="share of echoed images in each batch of the echo stage")
 
+    g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
+
     g = p.add_argument_group("logging and checkpoints")
     g.add_argument("--log_steps", type=int, default=10, help="iterations per point of the loss curves")
     g.add_argument("--preview_steps", type=int, default=100, help="iterations per preview grid; 0 draws only the last")
@@ -121,7 +123,8 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
         fail(f"--max_grad_norm must be above 0, not {args.max_grad_norm}; inf switches clipping off")
-    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share"):
+    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share",
+                 "echo_noise"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
     if not args.token.strip() or any(c.isspace() for c in args.token):
@@ -293,6 +296,7 @@ def main(argv=None):
         # real images with template prompts; in the echo stage, a share of them are echoed samples with their own
         x, mask, said = dataset.batch(n, g)
         captions = [fill(t, w) for t, w in zip(choose(prompts["templates"], n, g), said)]
+        t = torch.randint(pair.teacher.last + 1, (n,), generator=g)
         if echo is not None:
             own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # the control draws the same noise
             echoed = (torch.rand(n, generator=own) < args.echo_share).tolist()
@@ -300,10 +304,10 @@ def main(argv=None):
             for i in range(n):
                 if echoed[i]:
                     x[i], mask[i], captions[i] = echo["images"][pick[i]], 1, echo["prompts"][pick[i]]
-        eps = torch.randn(n, *shape, generator=g).to(device)
+                    t[i] = pair.teacher.last - ((pair.teacher.last - t[i]) * (1 - args.echo_noise)).long()  # layout, not detail
+        t, eps = t.to(device), torch.randn(n, *shape, generator=g).to(device)
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
-        t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
         with autocast():
             z = pair.encode(x)
             out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))

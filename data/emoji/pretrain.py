@@ -37,7 +37,7 @@ from world import World, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
     "clip": dict(steps=1000, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
-    "judge_clip": dict(steps=700, batch=128, lr=2e-3), "judge_identity": dict(steps=400, batch=64, lr=6e-4),
+    "judge_clip": dict(steps=1050, batch=128, lr=2e-3), "judge_identity": dict(steps=400, batch=64, lr=6e-4),
     "vae": dict(steps=3500, batch=16, lr=2e-3), "teacher": dict(steps=11800, batch=24, lr=9e-4),
     "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=1900, batch=24, lr=3e-4),
     "export": {}, "measure": {}}
