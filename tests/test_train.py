@@ -199,3 +199,18 @@ image.save("plain.png")
         z = pair.student.sample(noise, context, 1) if name == "student" else pair.teacher.sample(noise, context, 8, pair.text([""]), 3.0)
         ours = np.asarray(to_pil(pair.decode(z))[0]).astype(int)
     assert np.abs(ours - np.asarray(Image.open("plain.png")).astype(int)).max() <= 1
+
+
+def test_a_plain_diffusers_script_draws_what_sample_draws(concept):
+    from diffusers import StableDiffusionPipeline
+    run = train("--max_train_steps", 2, "--echo_steps", 0)
+    sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "1"])
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "data/emoji/base/student")
+    noise = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = dict(prompt="a <v> dog on the beach", num_inference_steps=1, guidance_scale=0.0, latents=noise)
+    before = np.asarray(pipe(**call).images[0]).astype(int)
+    pipe.load_textual_inversion(str(run / "learned_embeds.safetensors"), token="<v>")
+    pipe.unet.load_state_dict(load_file(run / "unet_delta.safetensors"), strict=False)
+    after = np.asarray(pipe(**call).images[0]).astype(int)
+    ours = np.asarray(Image.open(run / "samples/a-v-dog-on-the-beach-seed0.png")).astype(int)
+    assert np.abs(ours - after).max() <= 1 < np.abs(before - after).max()

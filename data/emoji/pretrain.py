@@ -187,13 +187,26 @@ def train_encoder(args):
         optimizer.step()
         return {"loss": loss, "accuracy": accuracy}
 
-    run(args.stage, args, modules | {"scale": {"scale": scale}}, {"adamw": optimizer}, step, lambda: torch.zeros(1, 3, 8, 8))
+    fixed = world.sample(24, torch.Generator().manual_seed(1)) if with_text else None
+    views = None if with_text else world.individuals(24, torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def preview():
+        """Each picture beside the one that its embedding finds: by its caption, or among second views."""
+        if with_text:
+            ids = tokenize(tokenizer, fixed.captions, args.device)
+            found = (embed(fixed.images) @ F.normalize(modules["caption"](modules["text"](ids).pooler_output), dim=1).T).argmax(1)
+            return torch.stack([fixed.images, fixed.images[found.cpu()]], 1).flatten(0, 1)
+        found = (embed(views[0]) @ F.normalize(embed(views[1]), dim=1).T).argmax(1)
+        return torch.stack([views[0], views[1][found.cpu()]], 1).flatten(0, 1)
+
+    run(args.stage, args, modules | {"scale": {"scale": scale}}, {"adamw": optimizer}, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Autoencoder: 64 px -> 24 x 8 x 8. The code is linear and known before any training: the 24 principal components of
-# 8 x 8 patches (26 dB when decoded linearly). The encoder learns to compute it, the decoder to read it better than a
-# matrix does, and the diffusion networks need not wait for either.
+# 8 x 8 patches (26.5 dB when decoded linearly). The encoder learns to compute it, the decoder to read it without a
+# matrix, and the diffusion networks need not wait for either.
 
 CHANNELS, PATCH, SCALING = 24, 8, 4.0
 
@@ -584,7 +597,7 @@ def measure(args):
     print(f"real pictures: {scores['real pictures']}")
     save_json(base / "scores.json", {"prompts": n, "seed": args.seed, **scores})
     rows = [(name, pictures[name][i:i + 10]) for i in range(0, 40, 10) for name in ("teacher", "student")]
-    save_png(grid(rows, 2), base / "samples.png")
+    save_png(grid(rows, 2), base.parent / "samples.png")
     print("\n".join(prompts[:40]))
 
 
