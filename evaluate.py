@@ -9,7 +9,6 @@ score is a mean cosine over all pairs; CLIP-T reads the prompt without the token
 prompt without it.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ def main(argv=None):
         print(f"{name:<24}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
     save_json(args.run / "scores.json", {"num_seeds": args.num_seeds, "prompts": templates, "judges": "embedded", **scores})
     rows = [("photos", photos)] + [(name, x[:len(plain)]) for name, x in pictures.items()]
-    save_png(grid(rows, 2 if pair.resolution < 128 else 1), args.run / "contact.png")
+    save_png(grid(rows), args.run / "contact.png")
     print(f"judges: {folder}; {len(plain)} prompts x {args.num_seeds} seeds; pictures: {args.run / 'contact.png'}")
 
 

@@ -3,7 +3,6 @@
 Shapes: z (B, C, h, w) latents, x (B, 3, H, W) images in [-1, 1], tokens (B, T, d) image embeddings,
 logits (B, 2) with class 1 = real. Functions that end in `_per_sample` return (B,), so that c(t') can weigh them.
 """
-
 import torch
 import torch.nn.functional as F
 

@@ -88,7 +88,7 @@ def main(argv=None):
     for i, image in enumerate(to_pil(images)):
         save_png(image, out / f"{words}-seed{args.seed + i}.png")
     sheet = out / f"{words}-grid.png"
-    save_png(grid([("", row) for row in images.split(8)], scale=2 if pair.resolution < 128 else 1), sheet)
+    save_png(grid([("", row) for row in images.split(8)]), sheet)
     print(f"{args.num_images} images, {1000 * seconds / args.num_images:.0f} ms per image; grid: {sheet}")
 
 

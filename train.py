@@ -79,7 +79,6 @@ def parser():
     g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
     g.add_argument("--echo_share", type=float, help="share of echoed images in each batch of the echo stage")
-
     g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
 
     g = p.add_argument_group("logging and checkpoints")
@@ -123,8 +122,7 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
         fail(f"--max_grad_norm must be above 0, not {args.max_grad_norm}; inf switches clipping off")
-    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share",
-                 "echo_noise"):
+    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share", "echo_noise"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
     if not args.token.strip() or any(c.isspace() for c in args.token):
@@ -245,7 +243,7 @@ def main(argv=None):
         rows = [("photos", photos[:len(preview_prompts)]),
                 ("teacher", pair.decode(pair.teacher.sample(preview_noise, context, 16, empty, args.guidance_scale))),
                 ("student", pair.decode(pair.student.sample(preview_noise, context, 1)))]
-        save_png(grid(rows, scale=2 if pair.resolution < 128 else 1), path)
+        save_png(grid(rows), path)
 
     @torch.no_grad()
     def gather_echo():
@@ -275,7 +273,7 @@ def main(argv=None):
                                   max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
         images = torch.cat(images)[keep]
         shown = images[:64].split(8)
-        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)], scale=2 if pair.resolution < 128 else 1),
+        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]),
                  out / "echo.png")
         print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
         return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}

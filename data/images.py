@@ -76,8 +76,9 @@ def save_png(image, path):
     write_atomically(path, lambda part: image.save(part, format="PNG"))
 
 
-def grid(rows, scale=1):
-    """PIL picture of labelled rows [(label, images (N, 3, H, W)), ...]; sizes are those of the first image."""
+def grid(rows):
+    """PIL picture of labelled rows [(label, images (N, 3, H, W)), ...]; sizes are those of the first image, small ones doubled."""
+    scale = 2 if rows[0][1].shape[-1] < 128 else 1
     height, width = (s * scale for s in rows[0][1].shape[-2:])
     margin = 12 + 6 * max(len(label) for label, _ in rows) if any(label for label, _ in rows) else 0
     sheet = Image.new("RGB", (margin + max(len(r) for _, r in rows) * width, len(rows) * height), "white")

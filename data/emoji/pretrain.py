@@ -74,7 +74,7 @@ def run(name, args, modules, optimizers, step, preview):
             sums = {}
         if rank == 0 and ((i + 1) % args.save_every == 0 or i + 1 == args.steps or stop):
             save_checkpoint(path, modules, optimizers, {"step": i + 1})
-            save_png(grid([("", row) for row in preview().split(12)], 2), folder / "preview.png")
+            save_png(grid([("", row) for row in preview().split(12)]), folder / "preview.png")
         if stop:
             sys.exit(130)
     return folder
@@ -597,7 +597,7 @@ def measure(args):
     print(f"real pictures: {scores['real pictures']}")
     save_json(base / "scores.json", {"prompts": n, "seed": args.seed, **scores})
     rows = [(name, pictures[name][i:i + 10]) for i in range(0, 40, 10) for name in ("teacher", "student")]
-    save_png(grid(rows, 2), base.parent / "samples.png")
+    save_png(grid(rows), base.parent / "samples.png")
     print("\n".join(prompts[:40]))
 
 

@@ -341,8 +341,8 @@ class World:
             views.append(paint(canvas, rgba, pixels, centre, u[0] * .5 - .25, u[1] < .5))
         return torch.stack(views).clamp(0, 1) * 2 - 1
 
-    def sample(self, n, g, flat_share=.2, style=None):
-        """n pictures with captions, all randomness from the generator g; `style` forces "3d" or "flat"."""
+    def sample(self, n, g, flat_share=.2):
+        """n pictures with captions, all randomness from the generator g."""
         def chance(p):
             return torch.rand(n, generator=g) < p
 
@@ -352,7 +352,7 @@ class World:
         def number(k):
             return torch.randint(k, (n,), generator=g)
 
-        flat = chance(flat_share) if style is None else torch.full((n,), style == "flat")
+        flat = chance(flat_share)
         noun, place = number(len(self.nouns)), number(len(PLACES))
         sprite = self.pick(noun, flat, g)
         flat = self.is_flat[sprite]
@@ -445,5 +445,5 @@ if __name__ == "__main__":
         for _ in range(20):
             batch = world.sample(64, g)
         print(f"{20 * 64 / (time.perf_counter() - start):.0f} images/s on one thread")
-        save_png(grid([("", row) for row in batch.images.split(8)], 2), Path(args.output) / "world.png")
+        save_png(grid([("", row) for row in batch.images.split(8)]), Path(args.output) / "world.png")
         print("\n".join(batch.captions))
