@@ -7,6 +7,7 @@
 
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs.
 """
+import copy
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from data.images import fail, write_atomically
 
@@ -150,6 +152,11 @@ class Pair:
     vae: nn.Module
     teacher: Denoiser
     student: Denoiser
+    student_text: ConceptText  # the same object as text, unless an ablation gives the student its own copy
+
+    def unshare_text(self):
+        """Give the student its own copy of the text encoder and of the token's row."""
+        self.student_text = copy.deepcopy(self.text)
 
     @property
     def latent_shape(self):
@@ -177,12 +184,36 @@ def load_tokenizer(base):
     return CLIPTokenizer.from_pretrained(Path(BASES.get(base, base)) / "teacher" / "tokenizer")
 
 
-def trainable_parameters(unet, which):
-    """{name: parameter} of a UNet that training moves: "kv" (paper), "attention" or "all"."""
+class LowRank(nn.Module):
+    """W + B A with A (rank, in) random and B (out, rank) zero at first (LoRA, Hu et al. 2021, eq. 3; alpha = rank)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** .5)
+        self.up = nn.Parameter(torch.zeros(len(weight), rank))
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+def trainable_parameters(unet, which, rank=8):
+    """{name: parameter} of a UNet that training moves: "kv" (paper), "attention", "all", or "lora" of the given rank."""
     def wanted(name):
         return {"kv": ".attn2.to_k." in name or ".attn2.to_v." in name,
-                "attention": ".attn1." in name or ".attn2." in name, "all": True}[which]
+                "attention": ".attn1." in name or ".attn2." in name, "lora": ".parametrizations.weight.0." in name, "all": True}[which]
+    if which == "lora":
+        for name, module in list(unet.named_modules()):
+            if isinstance(module, nn.Linear) and (".attn1." in name or ".attn2." in name):
+                parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
     return {n: p for n, p in unet.named_parameters() if wanted(n)}
+
+
+def merge_low_rank(unet):
+    """Fold "lora" factors into plain weights; {name: weight} of the layers that had them."""
+    layers = {n: m for n, m in unet.named_modules() if parametrize.is_parametrized(m)}
+    for module in layers.values():
+        parametrize.remove_parametrizations(module, "weight")
+    return {f"{n}.weight": m.weight for n, m in layers.items()}
 
 
 def load_pair(base, token, class_word, device="cpu"):
@@ -209,7 +240,7 @@ def load_pair(base, token, class_word, device="cpu"):
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
     text = ConceptText(load_tokenizer(base),
                        CLIPTextModel.from_pretrained(teacher / "text_encoder").float(), token, class_word)
-    pair = Pair(text, vae.float(), *denoisers)
+    pair = Pair(text, vae.float(), *denoisers, text)
     for module in (pair.text, pair.vae, pair.teacher, pair.student):
         module.to(device).eval()
     pair.vae.requires_grad_(False)
@@ -273,9 +304,9 @@ class Critic(nn.Sequential):
 def save_run(folder, pair, moved, flags):
     """Write student and teacher `unet_delta.safetensors`, `learned_embeds.safetensors`, `config.json`, config last."""
     folder = Path(folder)
-    for part, name in ((folder, "student"), (folder / "teacher", "teacher")):
+    for part, name, text in ((folder, "student", pair.student_text), (folder / "teacher", "teacher", pair.text)):
         save_tensors(part / "unet_delta.safetensors", moved[name])
-        save_tensors(part / "learned_embeds.safetensors", {pair.text.token: pair.text.row})
+        save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
     versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
     save_json(folder / "config.json", {"format": "echodistill-1", "flags": flags, "versions": versions})
 
@@ -288,8 +319,12 @@ def load_run(folder, pair):
         unknown = denoiser.unet.load_state_dict(delta, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"{part / 'unet_delta.safetensors'} does not fit this base: it holds {unknown[0]}")
+    rows = [load_file(part / "learned_embeds.safetensors")[pair.text.token] for part in (folder / "teacher", folder)]
     with torch.no_grad():
-        pair.text.row.copy_(load_file(folder / "learned_embeds.safetensors")[pair.text.token])
+        pair.text.row.copy_(rows[0])
+        if not torch.equal(*rows):
+            pair.unshare_text()
+            pair.student_text.row.copy_(rows[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------

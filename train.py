@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
-from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, pick_device, read_meta, save_checkpoint,
+from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device, read_meta, save_checkpoint,
                    save_json, save_run, trainable_parameters)
 
 
@@ -39,7 +39,8 @@ def parser():
 
     g = p.add_argument_group("models")
     g.add_argument("--base", default="emoji", help=f"one of {', '.join(BASES)}, or a folder laid out like data/emoji/base")
-    g.add_argument("--train_unet", choices=["kv", "attention", "all"], help="which UNet weights move (paper: kv)")
+    g.add_argument("--train_unet", choices=["kv", "attention", "all", "lora"], help="which UNet weights move (paper: kv)")
+    g.add_argument("--lora_rank", type=int, default=8, help="of --train_unet lora, in every attention layer")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16", help="autocast of the forward passes")
 
@@ -66,6 +67,13 @@ def parser():
     g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
     g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
     g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
+
+    g = p.add_argument_group("baselines and ablations (defaults: the method)")
+    g.add_argument("--denoising_weight", type=float, default=0.0,
+                   help="student's own denoising loss on the photos, as Textual Inversion and Custom Diffusion train; moves the token too")
+    g.add_argument("--sequential", action=yes_no, default=False, help="all iterations for the teacher alone, then as many for the student")
+    g.add_argument("--share_text", action=yes_no, default=True, help="off: the student learns a token of its own by its own losses")
+    g.add_argument("--transplant", action=yes_no, default=False, help="at the end, add the teacher's change of weights to the student's")
 
     g = p.add_argument_group("data")
     g.add_argument("--scene_prompts", type=float, help="share of the student's prompts that are scenes (paper: 0)")
@@ -112,12 +120,13 @@ def parse_arguments(argv=None):
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_file():
         fail(f"--resume_from_checkpoint: there is no {args.resume_from_checkpoint}; leave the flag out to start anew")
     pick_device(args.device)
-    for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps"):
+    for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps",
+                 "lora_rank"):
         if getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
                  "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay", "reconstruction_weight",
-                 "guidance_scale"):
+                 "guidance_scale", "denoising_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
@@ -125,6 +134,10 @@ def parse_arguments(argv=None):
     for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share", "echo_noise"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
+    if args.transplant and args.train_unet == "lora":
+        fail("--transplant moves plain weights; use --train_unet kv, attention or all")
+    if args.sequential and args.echo_steps:
+        fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
     if not args.token.strip() or any(c.isspace() for c in args.token):
         fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
     if len(load_tokenizer(args.base).tokenize(args.token)) == 1:
@@ -177,17 +190,27 @@ def main(argv=None):
     photos = load_photos(args.concept, pair.resolution).to(device)
     torch.manual_seed(args.seed)
     heads = {k: Critic(e.width).to(device) for k, e in encoders.items()}
-    moved = {k: trainable_parameters(d.unet, args.train_unet) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
-    for p in [*moved["teacher"].values(), *moved["student"].values()]:
-        p.requires_grad_(True)
+    moved = {k: trainable_parameters(d.unet, args.train_unet, args.lora_rank) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
+    for role, lr in (("teacher", args.teacher_lr), ("student", args.student_lr)):
+        for p in moved[role].values():
+            p.requires_grad_(lr > 0)
+    before = {k: v.detach().clone() for k, v in moved["teacher"].items()} if args.transplant else {}
+    rows = {"row": pair.text.row}
+    if not args.share_text:
+        pair.unshare_text()
+        rows["student_row"] = pair.student_text.row
     optimizers = {
         "teacher": torch.optim.AdamW(moved["teacher"].values(), lr=args.teacher_lr, weight_decay=args.weight_decay, fused=True),
-        "token": torch.optim.AdamW([pair.text.row], lr=args.token_lr, weight_decay=0),
+        "token": torch.optim.AdamW(rows.values(), lr=args.token_lr, weight_decay=0),
         "student": torch.optim.AdamW(moved["student"].values(), lr=args.student_lr, weight_decay=args.weight_decay, fused=True),
         "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr,
                                     weight_decay=args.weight_decay)}
-    state = {"teacher": moved["teacher"], "student": moved["student"], "token": {"row": pair.text.row}, **heads}
-    total = args.max_train_steps + args.echo_steps
+    state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, **heads}
+    total = args.max_train_steps * (2 if args.sequential else 1) + args.echo_steps
+    teaches = args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0
+    aligns = args.identity_weight + args.latent_weight + args.swd_weight > 0
+    competes = args.adversarial_weight + args.scene_adversarial_weight > 0
+    draws = (args.student_lr > 0 or not args.detach_prompt) and (aligns or competes)
     print(f"device {device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {pair.teacher.prediction_type}, "
           f"student {pair.student.prediction_type}, {pair.resolution} px")
     print(f"concept {args.concept}: {len(photos)} photos of {name!r}; training {args.train_unet} = "
@@ -242,7 +265,7 @@ def main(argv=None):
         context = pair.text(preview_prompts)
         rows = [("photos", photos[:len(preview_prompts)]),
                 ("teacher", pair.decode(pair.teacher.sample(preview_noise, context, 16, empty, args.guidance_scale))),
-                ("student", pair.decode(pair.student.sample(preview_noise, context, 1)))]
+                ("student", pair.decode(pair.student.sample(preview_noise, pair.student_text(preview_prompts), 1)))]
         save_png(grid(rows), path)
 
     @torch.no_grad()
@@ -256,7 +279,7 @@ def main(argv=None):
         for i in range(0, len(subjects), 32):
             part = subjects[i:i + 32]
             noise = torch.randn(len(part), *shape, generator=g).to(device)
-            x = pair.decode(pair.student.one_step(noise, pair.text([fill(p) for p in part]))).clamp(-1, 1)
+            x = pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1)
             for k, e in encoders.items():
                 embeddings[k].append(e.embed(e.features(x)))
             plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
@@ -286,8 +309,10 @@ def main(argv=None):
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
+        phase = args.max_train_steps if args.sequential else total
         for k, o in optimizers.items():
-            o.param_groups[0]["lr"] = getattr(args, f"{k}_lr") * min(1, (total - step) / max(1, args.lr_decay * total))
+            o.param_groups[0]["lr"] = getattr(args, f"{k}_lr") * min(1, (phase - step % phase) / max(1, args.lr_decay * phase))
+            o.zero_grad()
         if step >= args.max_train_steps and echo is None and not args.echo_real_only:
             echo = gather_echo()
 
@@ -306,64 +331,74 @@ def main(argv=None):
         t, eps = t.to(device), torch.randn(n, *shape, generator=g).to(device)
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
-        with autocast():
-            z = pair.encode(x)
-            out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))
-        mask_z = F.interpolate(mask, size=shape[1:], mode="area")
-        terms = {"reconstruction": losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)}
-        optimizers["teacher"].zero_grad()
-        optimizers["token"].zero_grad()
-        (args.reconstruction_weight * terms["reconstruction"]).backward()
-        clip(moved["teacher"].values())
-        optimizers["teacher"].step()
-
-        # ---- 2. student: one step from pure noise
-        in_scene = torch.rand(n, generator=g) < args.scene_prompts
-        asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(asked_from, n, g),
-                                                             in_scene.tolist())]
-        context = pair.text(asked)
-        context = context.detach() if args.detach_prompt else context
-        with autocast():
-            z_s = pair.student.one_step(eps, context)
-            x_s = pair.decode(z_s)
-            features_s = {k: e.features(x_s) for k, e in encoders.items()}
-
-        # ---- 3. alignment target: the current teacher denoises the re-noised sample
-        t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
+        terms = {}
         with torch.no_grad(), autocast():
-            z_teacher = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
-            x_teacher = pair.decode(z_teacher)
-            features_teacher = encoders["identity"].features(x_teacher)
-        c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(n, device=device)
+            z = pair.encode(x)
+        mask_z = F.interpolate(mask, size=shape[1:], mode="area")
+        if teaches and not (args.sequential and step >= args.max_train_steps):
+            with autocast():
+                out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))
+            terms["reconstruction"] = losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)
+            (args.reconstruction_weight * terms["reconstruction"]).backward()
+            clip(moved["teacher"].values())
+            optimizers["teacher"].step()
+        if args.denoising_weight:  # baselines only: the one-step student under the ordinary diffusion loss
+            with autocast():
+                out_student = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(captions))
+            terms["denoising"] = losses.reconstruction(out_student, pair.student.target(z, eps, t), mask_z)
+            (args.denoising_weight * terms["denoising"]).backward()
 
-        # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
-        realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
-        aligned = torch.zeros_like(c)
-        if args.identity_weight:
-            tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_teacher)]  # (B, 1, d)
-            aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
-        if args.latent_weight:
-            aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
-        if args.swd_weight:
-            filters = losses.random_projections(args.swd_projections, g).to(device)
-            aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_teacher, filters)
-        terms["alignment"] = (c * aligned).mean()
-        terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
-        optimizers["student"].zero_grad()
-        (terms["alignment"] + terms["adversarial"]).backward()
+        if draws and not (args.sequential and step < args.max_train_steps):
+            # ---- 2. student: one step from pure noise
+            in_scene = torch.rand(n, generator=g) < args.scene_prompts
+            asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(asked_from, n, g),
+                                                                 in_scene.tolist())]
+            context = pair.text(asked).detach()
+            own_context = pair.student_text(asked) if not args.detach_prompt or not args.share_text else context
+            with autocast():
+                z_s = pair.student.one_step(eps, own_context)
+                x_s = pair.decode(z_s)
+                features_s = {k: e.features(x_s) for k, e in encoders.items()}
+
+            # ---- 3. alignment target: the current teacher denoises the re-noised sample
+            t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
+            c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(n, device=device)
+            aligned = torch.zeros_like(c)
+            if aligns:
+                with torch.no_grad(), autocast():
+                    z_teacher = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
+                    x_teacher = pair.decode(z_teacher)
+                    features_teacher = encoders["identity"].features(x_teacher)
+
+            # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
+            realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
+            if args.identity_weight:
+                tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_teacher)]  # (B, 1, d)
+                aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
+            if args.latent_weight:
+                aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
+            if args.swd_weight:
+                filters = losses.random_projections(args.swd_projections, g).to(device)
+                aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_teacher, filters)
+            terms["alignment"] = (c * aligned).mean()
+            if competes:
+                terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
+            (terms["alignment"] + terms.get("adversarial", 0)).backward()
+
         clip(moved["student"].values())
         optimizers["student"].step()
         optimizers["token"].step()  # holds the teacher's gradient, and with --no-detach_prompt the student's too
 
         # ---- 5. critics: photos (and echoes) against the same student features
-        with torch.no_grad(), autocast():
-            features_real = {k: e.features(x) for k, e in encoders.items()}
-        judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-        terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach()), judged) for k, h in heads.items()) / len(heads)
-        optimizers["critic"].zero_grad()
-        terms["critic"].backward()
-        clip([p for h in heads.values() for p in h.parameters()])
-        optimizers["critic"].step()
+        if "adversarial" in terms:
+            with torch.no_grad(), autocast():
+                features_real = {k: e.features(x) for k, e in encoders.items()}
+            judged = (realism > 0).float()  # a scene that no photo shows would give the student away
+            terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach()), judged) for k, h in heads.items()) / len(heads)
+            optimizers["critic"].zero_grad()  # of what the student's loss left there
+            terms["critic"].backward()
+            clip([p for h in heads.values() for p in h.parameters()])
+            optimizers["critic"].step()
         # -----------------------------------------------------------------------------------------------------------
 
         for k, v in terms.items():
@@ -387,6 +422,12 @@ def main(argv=None):
             sys.exit(stop[0])
 
     # -- save ---------------------------------------------------------------------------------------------------
+    if args.transplant:
+        with torch.no_grad():
+            for k, v in moved["student"].items():
+                v += moved["teacher"][k] - before[k]
+    if args.train_unet == "lora":
+        moved = {"teacher": merge_low_rank(pair.teacher.unet), "student": merge_low_rank(pair.student.unet)}
     save_run(out, pair, moved, vars(args))
     save_json(out / "log.json", history)
     save_png(curves(history), out / "losses.png")
