@@ -103,6 +103,13 @@ def critic(real, fake, weight):
     return (F.cross_entropy(real, one) + on_fake) / 2
 
 
+def critic_accuracy(real, fake, weight):
+    """Share of photos and of student images (those with weight > 0) that a head calls what they are; logits (B, 2)."""
+    seen = (weight > 0).float()
+    right = (real.argmax(1) == 1).sum() + ((fake.argmax(1) == 0) * seen).sum()
+    return right / (len(real) + seen.sum())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Echo: which of the student's samples are worth giving back to the teacher
 

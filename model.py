@@ -8,6 +8,7 @@
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs.
 """
 import copy
+import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -184,6 +185,12 @@ def load_tokenizer(base):
     return CLIPTokenizer.from_pretrained(Path(BASES.get(base, base)) / "teacher" / "tokenizer")
 
 
+def prediction_type(base):
+    """"epsilon" or "v_prediction": what the base's teacher predicts, without loading it."""
+    config = Path(BASES.get(base, base)) / "teacher" / "scheduler" / "scheduler_config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+
+
 class LowRank(nn.Module):
     """W + B A with A (rank, in) random and B (out, rank) zero at first (LoRA, Hu et al. 2021, eq. 3; alpha = rank)."""
 
@@ -304,6 +311,7 @@ class Critic(nn.Sequential):
 def save_run(folder, pair, moved, flags):
     """Write student and teacher `unet_delta.safetensors`, `learned_embeds.safetensors`, `config.json`, config last."""
     folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # of an earlier run: without it, half a result is no run
     for part, name, text in ((folder, "student", pair.student_text), (folder / "teacher", "teacher", pair.text)):
         save_tensors(part / "unet_delta.safetensors", moved[name])
         save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
@@ -330,13 +338,29 @@ def load_run(folder, pair):
 # ---------------------------------------------------------------------------------------------------------------
 # Files: everything on disk is safetensors + JSON, written to a temporary name and renamed.
 
+CHECKPOINT = "echodistill-checkpoint-1"
+
+
 def save_tensors(path, tensors, metadata=None):
+    """Write tensors that are all finite; a run that went astray leaves the last good file as it was."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata={k: str(v) for k, v in (metadata or {}).items()}))
+    for k, v in tensors.items():
+        if not v.isfinite().all():
+            fail(f"{path} is not written: {k} holds values that are not finite; lower the learning rates or try --mixed_precision no")
+    write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
 def save_json(path, value):
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def fingerprint(tensors, meta):
+    """SHA-256 of names, types, shapes, values and the meta string."""
+    h = hashlib.sha256(meta.encode())
+    for k, v in sorted(tensors.items()):
+        h.update(f"{k} {v.dtype} {tuple(v.shape)} ".encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
 
 
 def save_checkpoint(path, modules, optimizers, meta):
@@ -345,28 +369,50 @@ def save_checkpoint(path, modules, optimizers, meta):
     modules      {name: nn.Module or {name: tensor}}, optimizers {name: torch.optim.Optimizer}
     meta         JSON-able facts (step, flags)
     """
-    tensors = {}
+    tensors, meta = {}, json.dumps(meta)
     for name, module in modules.items():
-        state = module if isinstance(module, dict) else module.state_dict()
-        tensors |= {f"{name}/{k}": v for k, v in state.items()}
+        tensors |= {f"{name}/{k}": v for k, v in state_of(module).items()}
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
-    save_tensors(path, tensors, {"meta": json.dumps(meta)})
+    save_tensors(path, tensors, {"format": CHECKPOINT, "sha256": fingerprint(tensors, meta), "meta": meta})
 
 
-def read_meta(path):
-    """The meta of a checkpoint, without its tensors."""
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["meta"])
+def state_of(module):
+    return module if isinstance(module, dict) else module.state_dict()
 
 
-def load_checkpoint(path, modules, optimizers):
-    """Restore what `save_checkpoint` wrote, in place; returns its meta and the tensors of "echo", if any."""
+def checkpoints(folder):
+    """The checkpoint files of a run, oldest first."""
+    return sorted(Path(folder, "checkpoints").glob("step-*.safetensors"))
+
+
+def read_checkpoint(path):
+    """(meta, {name: tensor}) of a checkpoint; a ValueError says what is wrong with a truncated, altered or foreign file."""
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+    if header.get("format") != CHECKPOINT:
+        raise ValueError(f"{path} is no checkpoint of this version of train.py")
+    if header.get("sha256") != fingerprint(tensors, header.get("meta", "")):
+        raise ValueError(f"{path} has changed since it was written")
+    return json.loads(header["meta"]), tensors
+
+
+def restore(tensors, modules, optimizers):
+    """Put what `read_checkpoint` read into modules and optimizers, in place; all of it or, with a ValueError, nothing."""
     groups = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors.items():
         name, _, rest = key.partition("/")
         groups.setdefault(name, {})[rest] = value
+    for name, module in modules.items():
+        shapes = [{k: tuple(v.shape) for k, v in part.items()} for part in (state_of(module), groups.get(name, {}))]
+        if shapes[0] != shapes[1]:
+            odd = sorted({k for k, _ in shapes[0].items() ^ shapes[1].items()})
+            raise ValueError(f"the checkpoint does not fit these models: {name}/{odd[0]} differs")
     for name, module in modules.items():
         if isinstance(module, dict):
             for k, v in module.items():
@@ -379,4 +425,3 @@ def load_checkpoint(path, modules, optimizers):
             i, k = key.split("/")
             state.setdefault(int(i), {})[k] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_meta(path), groups.get("echo", {})

@@ -6,6 +6,7 @@ A teacher and a one-step student train together around one text encoder (joint s
 echoed back to both (echo stage). README.md maps the paper to the code.
 """
 import argparse
+import re
 import shlex
 import shutil
 import signal
@@ -19,11 +20,14 @@ from tqdm import tqdm
 
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
-from model import (BASES, RECIPES, Critic, load_checkpoint, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device, read_meta, save_checkpoint,
-                   save_json, save_run, trainable_parameters)
+from model import (BASES, RECIPES, Critic, checkpoints, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device,
+                   prediction_type, read_checkpoint, restore, save_checkpoint, save_json, save_run, trainable_parameters)
 
-
-MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps"}
+MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
+# which flags to lower when a loss or gradient is not finite
+LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--student_lr or --token_lr", "alignment": "--teacher_lr or --student_lr",
+          "adversarial": "--critic_lr or --adversarial_weight", "critic": "--critic_lr", "teacher's gradient": "--teacher_lr",
+          "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr", "critics' gradient": "--critic_lr"}
 
 
 def parser():
@@ -42,7 +46,8 @@ def parser():
     g.add_argument("--train_unet", choices=["kv", "attention", "all", "lora"], help="which UNet weights move (paper: kv)")
     g.add_argument("--lora_rank", type=int, default=8, help="of --train_unet lora, in every attention layer")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16", help="autocast of the forward passes")
+    g.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="bf16",
+                   help="autocast of the forward passes; fp16 only with an epsilon teacher")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--max_train_steps", type=int, help="iterations of the joint stage")
@@ -93,7 +98,8 @@ def parser():
     g.add_argument("--log_steps", type=int, default=10, help="iterations per point of the loss curves")
     g.add_argument("--preview_steps", type=int, default=100, help="iterations per preview grid; 0 draws only the last")
     g.add_argument("--checkpointing_steps", type=int, default=100, help="iterations per checkpoint")
-    g.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint file')
+    g.add_argument("--checkpoints_total_limit", type=int, default=2, help="newest checkpoints that are kept; 0 keeps all")
+    g.add_argument("--resume_from_checkpoint", help='"latest" or a file of OUTPUT_DIR/checkpoints')
 
     return p
 
@@ -115,16 +121,14 @@ def parse_arguments(argv=None):
     args.output_dir = args.output_dir or str(Path("out") / folder)
     if any(p.exists() and not p.is_dir() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
         fail(f"--output_dir {args.output_dir} cannot be a folder: a file is in the way")
-    if args.resume_from_checkpoint == "latest":
-        args.resume_from_checkpoint = str(Path(args.output_dir) / "checkpoint.safetensors")
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_file():
-        fail(f"--resume_from_checkpoint: there is no {args.resume_from_checkpoint}; leave the flag out to start anew")
     pick_device(args.device)
+    if args.mixed_precision == "fp16" and prediction_type(args.base) == "v_prediction":
+        fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
     for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps",
                  "lora_rank"):
         if getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("echo_steps", "preview_steps", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
+    for name in ("echo_steps", "preview_steps", "checkpoints_total_limit", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
                  "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay", "reconstruction_weight",
                  "guidance_scale", "denoising_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
@@ -143,6 +147,24 @@ def parse_arguments(argv=None):
     if len(load_tokenizer(args.base).tokenize(args.token)) == 1:
         fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
     return args
+
+
+def find_checkpoint(args):
+    """(path, meta, tensors) to go on from; "latest" passes over a damaged file and says so, a damaged PATH is refused."""
+    latest = args.resume_from_checkpoint == "latest"
+    for path in checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint)]:
+        try:
+            meta, tensors = read_checkpoint(path)
+        except ValueError as error:
+            if not latest:
+                fail(f"--resume_from_checkpoint: {error}; name another one, or say latest")
+            print(f"note: {error}; the one before is used")
+            continue
+        for k, v in vars(args).items():
+            if k not in MAY_CHANGE_ON_RESUME and meta["flags"].get(k) != v:
+                fail(f"--{k} is {v} but {path} was made with {meta['flags'].get(k)}; give the same flags to resume")
+        return path, meta, tensors
+    fail(f"--resume_from_checkpoint: there is no whole checkpoint in {Path(args.output_dir, 'checkpoints')}; leave the flag out to start anew")
 
 
 class Photos:
@@ -179,8 +201,10 @@ class Photos:
 
 def main(argv=None):
     args = parse_arguments(argv)
+    handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
     device, why = pick_device(args.device)
     out = Path(args.output_dir)
+    resumed = find_checkpoint(args) if args.resume_from_checkpoint else None
     name = f"{args.token} {args.class_word}"
 
     # -- models -------------------------------------------------------------------------------------------------
@@ -219,32 +243,56 @@ def main(argv=None):
 
     # -- resume -------------------------------------------------------------------------------------------------
     first, history, sums, echo = 0, [], {}, None
-    if args.resume_from_checkpoint:
-        saved = read_meta(args.resume_from_checkpoint)["flags"]
-        for k, v in vars(args).items():
-            if k not in MAY_CHANGE_ON_RESUME and saved.get(k) != v:
-                fail(f"--{k} is {v} but the checkpoint was made with {saved.get(k)}; give the same flags to resume")
-        meta, extra = load_checkpoint(args.resume_from_checkpoint, state, optimizers)
+    if resumed:
+        path, meta, tensors = resumed
+        try:
+            restore(tensors, state, optimizers)
+        except ValueError as error:
+            fail(f"--resume_from_checkpoint {path}: {error}; has --base changed since?")
         first, history = meta["step"], meta["history"]
         sums = {k: [torch.tensor(x, device=device) for x in v] for k, v in meta["sums"].items()}
-        echo = {"images": extra["images"].to(device), "prompts": meta["echo_prompts"]} if "images" in extra else None
-        print(f"resumed {args.resume_from_checkpoint} at iteration {first}")
-
-    else:
-        shutil.rmtree(out / "previews", ignore_errors=True)
+        if "echo/images" in tensors:
+            echo = {"images": tensors["echo/images"].to(device), "prompts": meta["echo_prompts"]}
+        resumed = tensors = None
+        print(f"resumed {path} at iteration {first}")
+    else:  # nothing of an earlier run may be taken for a part of this one
+        for part in ("checkpoints", "previews"):
+            shutil.rmtree(out / part, ignore_errors=True)
         (out / "echo.png").unlink(missing_ok=True)
 
     def checkpoint(step):
-        extra = {"images": echo["images"]} if echo else {}
-        save_checkpoint(out / "checkpoint.safetensors", state | {"echo": extra}, optimizers,
-                        {"step": step, "history": history, "sums": {k: [x.item() for x in v] for k, v in sums.items()}, "echo_prompts": echo["prompts"] if echo else [], "flags": vars(args)})
+        path = out / "checkpoints" / f"step-{step:06d}.safetensors"
+        save_checkpoint(path, state | {"echo": {"images": echo["images"]} if echo else {}}, optimizers,
+                        {"step": step, "history": history, "sums": {k: [x.item() for x in v] for k, v in sums.items()},
+                         "echo_prompts": echo["prompts"] if echo else [], "flags": vars(args)})
+        if args.checkpoints_total_limit:
+            for old in [p for p in checkpoints(out) if p <= path][:-args.checkpoints_total_limit]:
+                old.unlink()
 
     # -- helpers ------------------------------------------------------------------------------------------------
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+    scale = 1024 if args.mixed_precision == "fp16" else 1  # lifts small gradients above fp16's smallest number, 6e-8
 
-    def clip(parameters):
-        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    def autocast():
+        return torch.autocast(device.type, torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16,
+                              enabled=args.mixed_precision != "no")
+
+    def clip(parameters, limit=args.max_grad_norm):
+        """Take the scale out of the gradients and clip them to a norm; returns the norm they had."""
+        parameters = [p for p in parameters if p.grad is not None]
+        for p in parameters if scale != 1 else ():
+            p.grad /= scale
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def stop_if_not_finite():
+        """Every loss and gradient since the last call, in the order in which they came."""
+        for number, row in watched:
+            for what, value in row.items():
+                if not value.isfinite():
+                    found = checkpoints(out)
+                    fail(f"{what} is {value.item()} at iteration {number}; lower {LIKELY[what]}"
+                         + (" or try --mixed_precision no" if args.mixed_precision != "no" else "") + "; "
+                         + (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"))
+        watched.clear()
 
     def fill(template, word=""):
         return template.replace("{}", f"{word} {name}".strip())
@@ -301,10 +349,12 @@ def main(argv=None):
         print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
         return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
 
-    stop = []  # the first Ctrl-C asks for a checkpoint, the second ends the program at once
-    handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number) if stop else stop.append(128 + number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    stop = []  # from here on, the first Ctrl-C asks for a checkpoint and the second ends the program at once
+    for s in handlers:
+        signal.signal(s, lambda number, _: sys.exit(128 + number) if stop else stop.append(128 + number))
 
+    watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
+    pull, right = ({k: [] for k in heads} for _ in range(2))
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
@@ -331,7 +381,7 @@ def main(argv=None):
         t, eps = t.to(device), torch.randn(n, *shape, generator=g).to(device)
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
-        terms = {}
+        terms, norms = {}, {}
         with torch.no_grad(), autocast():
             z = pair.encode(x)
         mask_z = F.interpolate(mask, size=shape[1:], mode="area")
@@ -339,14 +389,14 @@ def main(argv=None):
             with autocast():
                 out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))
             terms["reconstruction"] = losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)
-            (args.reconstruction_weight * terms["reconstruction"]).backward()
-            clip(moved["teacher"].values())
+            (scale * args.reconstruction_weight * terms["reconstruction"]).backward()
+            norms["teacher's gradient"] = clip(moved["teacher"].values())
             optimizers["teacher"].step()
         if args.denoising_weight:  # baselines only: the one-step student under the ordinary diffusion loss
             with autocast():
                 out_student = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(captions))
             terms["denoising"] = losses.reconstruction(out_student, pair.student.target(z, eps, t), mask_z)
-            (args.denoising_weight * terms["denoising"]).backward()
+            (scale * args.denoising_weight * terms["denoising"]).backward()
 
         if draws and not (args.sequential and step < args.max_train_steps):
             # ---- 2. student: one step from pure noise
@@ -383,9 +433,12 @@ def main(argv=None):
             terms["alignment"] = (c * aligned).mean()
             if competes:
                 terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
-            (terms["alignment"] + terms.get("adversarial", 0)).backward()
+                for k, v in zip(heads, torch.autograd.grad(terms["adversarial"], list(features_s.values()), retain_graph=True)):
+                    pull[k].append(v.norm())
+            (scale * (terms["alignment"] + terms.get("adversarial", 0))).backward()
 
-        clip(moved["student"].values())
+        norms["student's gradient"] = clip(moved["student"].values())
+        norms["token's gradient"] = clip(rows.values(), float("inf"))
         optimizers["student"].step()
         optimizers["token"].step()  # holds the teacher's gradient, and with --no-detach_prompt the student's too
 
@@ -394,32 +447,45 @@ def main(argv=None):
             with torch.no_grad(), autocast():
                 features_real = {k: e.features(x) for k, e in encoders.items()}
             judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-            terms["critic"] = sum(losses.critic(h(features_real[k]), h(features_s[k].detach()), judged) for k, h in heads.items()) / len(heads)
+            logits = {k: (h(features_real[k]), h(features_s[k].detach())) for k, h in heads.items()}
+            terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
+            for k, v in logits.items():
+                right[k].append(losses.critic_accuracy(*v, judged))
             optimizers["critic"].zero_grad()  # of what the student's loss left there
-            terms["critic"].backward()
-            clip([p for h in heads.values() for p in h.parameters()])
+            (scale * terms["critic"]).backward()
+            norms["critics' gradient"] = clip([p for h in heads.values() for p in h.parameters()])
             optimizers["critic"].step()
         # -----------------------------------------------------------------------------------------------------------
 
         for k, v in terms.items():
             sums.setdefault(k, []).append(v.detach())
-        if (step + 1) % args.log_steps == 0 or step + 1 == total:
+        watched.append((step + 1, {k: v.detach() for k, v in (terms | norms).items()}))
+        leave = list(stop)  # a signal that comes later waits for the next iteration
+        log_now, save_now = (step + 1) % args.log_steps == 0 or step + 1 == total, (step + 1) % args.checkpointing_steps == 0 or leave
+        if device.type == "cpu" or log_now or save_now:  # on a GPU, looking makes it wait
+            stop_if_not_finite()
+        if log_now:
             means = {k: torch.stack(v).mean().item() for k, v in sums.items()}
-            if not all(abs(v) < float("inf") for v in means.values()):
-                fail(f"{', '.join(k for k, v in means.items() if not abs(v) < float('inf'))} is not finite at iteration "
-                     f"{step + 1}; lower the learning rates or try --mixed_precision no")
             history.append({"step": step + 1, **means})
             progress.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()))
             sums = {}
+            for k in [k for k in heads if right[k] and k not in won]:
+                strength = torch.stack(pull[k]).max().item()
+                first_pull.setdefault(k, strength)
+                if torch.stack(right[k]).min() == 1 and strength < .01 * first_pull[k]:
+                    won.add(k)
+                    print(f"\nnote: the {k} critic has won by iteration {step + 1}: it is always right and its pull on the student is "
+                          f"{strength / first_pull[k]:.1g} of what it was; lower --critic_lr")
+                pull[k], right[k] = [], []
         if args.preview_steps and (step + 1) % args.preview_steps == 0:
             preview(out / "previews" / f"{step + 1:05d}.png")
-        if (step + 1) % args.checkpointing_steps == 0 or stop:
+        if save_now:
             checkpoint(step + 1)
-        if stop:
-            again = [a for a in (sys.argv[1:] if argv is None else argv)]
-            again = again[:again.index("--resume_from_checkpoint")] if "--resume_from_checkpoint" in again else again
-            print(f"\nstopped after iteration {step + 1}; go on with: python train.py {shlex.join(again)} --resume_from_checkpoint latest")
-            sys.exit(stop[0])
+        if leave:
+            again = shlex.join(sys.argv[1:] if argv is None else argv)
+            again = re.sub(r" ?--resume_from_checkpoint[ =]('[^']*'|\S+)", "", again)
+            print(f"\nstopped after iteration {step + 1}; go on with: python train.py {again} --resume_from_checkpoint latest")
+            sys.exit(leave[0])
 
     # -- save ---------------------------------------------------------------------------------------------------
     if args.transplant:
@@ -428,11 +494,11 @@ def main(argv=None):
                 v += moved["teacher"][k] - before[k]
     if args.train_unet == "lora":
         moved = {"teacher": merge_low_rank(pair.teacher.unet), "student": merge_low_rank(pair.student.unet)}
-    save_run(out, pair, moved, vars(args))
     save_json(out / "log.json", history)
     save_png(curves(history), out / "losses.png")
     preview(out / "preview.png")
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    save_run(out, pair, moved, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the finished run is complete without them
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {out}: preview.png, losses.png, student and teacher weights")
     print(f'sample it: python sample.py --run {shlex.quote(str(out))} --prompt "a {name} on the beach"')
     for sig, handler in handlers.items():

@@ -1,4 +1,5 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
+import contextlib
 import json
 import os
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PROMPTS = Path(__file__).parent / "prompts.json"
@@ -14,19 +17,31 @@ PROMPTS = Path(__file__).parent / "prompts.json"
 
 def fail(message):
     """Say in one sentence what is wrong and how to mend it, and exit with code 2."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or the sentence would stand behind a progress bar
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def write_atomically(path, write):
-    """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file."""
+    """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file, and none stays behind."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    with open(part, "r+b") as f:
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name, too, must survive a power cut; Windows has no call for it
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        fail(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); free some space or choose another output folder")
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def photo_paths(folder):

@@ -1,5 +1,6 @@
 """Shared fixtures. Run everything with: python -m pytest"""
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def concept(tmp_path):
 def inside_tmp(tmp_path, monkeypatch):
     """Runs start in an empty folder, so that out/ is the test's own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run that stops early leaves its handlers behind; the next test must not inherit them."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
 
 
 def train(*flags):

@@ -1,7 +1,6 @@
 """train.py and sample.py as a user calls them, on the embedded pair. python -m pytest tests/test_train.py"""
 import json
 import re
-import signal
 import subprocess
 import sys
 
@@ -58,38 +57,6 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(concept):
     a, log = tensors(train(*SHORT)), open("out/dog/log.json").read()
     assert same(a, tensors(train(*SHORT))) and open("out/dog/log.json").read() == log
     assert not same(a, tensors(train(*SHORT, "--seed", 1)))
-
-
-@pytest.mark.parametrize("stop_after", [2, 5])
-def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(concept, monkeypatch, stop_after):
-    whole, log = tensors(train(*SHORT)), open("out/dog/log.json").read()
-    interrupt_at(stop_after, monkeypatch)
-    with pytest.raises(SystemExit) as stopped:
-        train(*SHORT)
-    assert stopped.value.code == 130
-    resumed = train(*SHORT, "--resume_from_checkpoint", "latest")
-    assert same(whole, tensors(resumed)) and open("out/dog/log.json").read() == log
-
-
-def interrupt_at(step, monkeypatch):
-    """Send SIGINT during the given iteration."""
-    count, reconstruction = [], train_script.losses.reconstruction
-
-    def interrupt(*args):
-        count.append(1)
-        if len(count) == step:
-            signal.raise_signal(signal.SIGINT)
-        return reconstruction(*args)
-    monkeypatch.setattr(train_script.losses, "reconstruction", interrupt)
-
-
-def test_resuming_with_other_flags_is_refused(concept, monkeypatch, capsys):
-    interrupt_at(1, monkeypatch)
-    with pytest.raises(SystemExit):
-        train(*SHORT)
-    with pytest.raises(SystemExit) as stop:
-        train(*SHORT, "--resume_from_checkpoint", "latest", "--seed", 7)
-    assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
 
 
 def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):

@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
-from model import load_checkpoint, save_checkpoint, save_json, save_tensors
+from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
 from world import World, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
@@ -52,7 +52,11 @@ def run(name, args, modules, optimizers, step, preview):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.safetensors"
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first = load_checkpoint(path, modules, optimizers)[0]["step"] if path.exists() else 0
+    first = 0
+    if path.exists():
+        meta, tensors = read_checkpoint(path)
+        restore(tensors, modules, optimizers)
+        first = meta["step"]
     stop = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(1))

@@ -1,0 +1,228 @@
+"""Runs survive signals, kills and damaged checkpoints. python -m pytest tests/test_resume.py (-m slow for fifty kills)"""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train as train_script
+from conftest import ROOT, train
+from model import checkpoints, read_checkpoint, restore, save_checkpoint
+
+SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 2, "--log_steps", 3)
+
+
+def files(run="out/dog"):
+    """{name: bytes} of everything in a run's folder."""
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in sorted(Path(run).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All files of the uninterrupted short run."""
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("whole"))
+    os.symlink(ROOT / "data" / "dog", "dog")
+    try:
+        return files(train(*SHORT, "--preview_steps", 3))
+    finally:
+        os.chdir(here)
+
+
+def interrupt_at(step, monkeypatch, number=signal.SIGINT, times=1):
+    """Send a signal during the given iteration, `times` times in a row."""
+    count, reconstruction = [], train_script.losses.reconstruction
+
+    def interrupt(*args):
+        count.append(1)
+        for _ in range(times if len(count) == step else 0):
+            signal.raise_signal(number)
+        return reconstruction(*args)
+    monkeypatch.setattr(train_script.losses, "reconstruction", interrupt)
+
+
+def stopped(*flags):
+    with pytest.raises(SystemExit) as stop:
+        train(*flags)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("stop_after, number, code", [(2, signal.SIGINT, 130), (5, signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_its_printed_command_completes_the_same_run(concept, monkeypatch, capsys, whole, stop_after, number, code):
+    interrupt_at(stop_after, monkeypatch, number)
+    assert stopped(*SHORT, "--preview_steps", 3) == code
+    assert checkpoints("out/dog")[-1].name == f"step-{stop_after:06d}.safetensors"
+    command = capsys.readouterr().out.split("go on with: python train.py ")[1].split("\n")[0]
+    train_script.main(train_script.shlex.split(command))
+    assert files() == whole
+
+
+def test_a_second_signal_stops_at_once_without_a_checkpoint(concept, monkeypatch):
+    interrupt_at(1, monkeypatch, times=2)
+    assert stopped(*SHORT) == 130 and not checkpoints("out/dog")
+
+
+def test_the_resume_command_replaces_an_earlier_resume_flag(concept, monkeypatch, capsys):
+    interrupt_at(1, monkeypatch)
+    stopped(*SHORT)
+    interrupt_at(1, monkeypatch)
+    stopped("--resume_from_checkpoint", "out/dog/checkpoints/step-000001.safetensors", *SHORT)
+    command = capsys.readouterr().out.rsplit("go on with: ", 1)[1]
+    assert command.count("--resume_from_checkpoint") == 1 and command.endswith("--log_steps 3 --resume_from_checkpoint latest\n")
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(concept, monkeypatch, capsys, whole):
+    interrupt_at(5, monkeypatch)
+    stopped(*SHORT, "--preview_steps", 3)
+    before, newest = checkpoints("out/dog")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    train(*SHORT, "--preview_steps", 3, "--resume_from_checkpoint", "latest")
+    said = capsys.readouterr().out
+    assert f"{newest} is truncated" in said and f"resumed {before} at iteration 4" in said
+    assert files() == whole
+
+
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage, said", [(altered, "has changed"), (foreign, "no checkpoint"), (lambda p: p.write_bytes(b""), "truncated"),
+                                          (lambda p: p.write_text("{}"), "truncated"), (lambda p: (p.unlink(), p.mkdir()), "truncated")])
+def test_damage_of_every_kind_is_refused_by_name_before_a_model_is_loaded(concept, monkeypatch, capsys, damage, said):
+    path = Path("out/dog/checkpoints/step-000002.safetensors")
+    save_checkpoint(path, {"token": {"row": torch.zeros(1, 4)}}, {}, {"step": 2, "flags": {}})
+    read_checkpoint(path)
+    damage(path)
+    monkeypatch.setattr(train_script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
+    for where in ("latest", path):
+        assert stopped(*SHORT, "--resume_from_checkpoint", where) == 2
+        heard = capsys.readouterr()
+        assert str(path) in heard.out + heard.err and said in heard.out + heard.err
+
+
+def test_resuming_with_other_flags_is_refused_before_a_model_is_loaded(concept, monkeypatch, capsys):
+    interrupt_at(1, monkeypatch)
+    stopped(*SHORT)
+    monkeypatch.setattr(train_script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
+    assert stopped(*SHORT, "--resume_from_checkpoint", "latest", "--seed", 7) == 2
+    assert "--seed is 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit, kept", [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5])])
+def test_only_the_newest_checkpoints_are_kept(concept, monkeypatch, limit, kept):
+    interrupt_at(5, monkeypatch)
+    stopped("--max_train_steps", 6, "--echo_steps", 0, "--checkpointing_steps", 1, "--checkpoints_total_limit", limit)
+    assert [int(p.stem[5:]) for p in checkpoints("out/dog")] == kept
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    module, other = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
+    save_checkpoint("a.safetensors", {"a": module, "b": {"row": torch.ones(1)}}, {}, {})
+    row = torch.zeros(1)
+    with pytest.raises(ValueError, match="a/weight"):
+        restore(read_checkpoint("a.safetensors")[1], {"b": {"row": row}, "a": other}, {})
+    assert row == 0
+
+
+def test_a_checkpoint_holds_no_value_that_is_not_finite(capsys):
+    save_checkpoint("a.safetensors", {"b": {"row": torch.ones(1)}}, {}, {"step": 1})
+    with pytest.raises(SystemExit):
+        save_checkpoint("a.safetensors", {"b": {"row": torch.tensor([torch.nan])}}, {}, {"step": 2})
+    assert "b/row" in capsys.readouterr().err and read_checkpoint("a.safetensors")[0]["step"] == 1
+
+
+def test_a_checkpoint_gives_back_modules_optimizers_and_meta_bit_for_bit():
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        return net, torch.optim.AdamW(net.parameters(), lr=.1)
+
+    def step(net, optimizer):
+        optimizer.zero_grad()
+        net(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    net, optimizer = make()
+    step(net, optimizer)
+    save_checkpoint("a.safetensors", {"net": net}, {"adamw": optimizer}, {"history": [{"loss": .1 + .2}]})
+    twin, twin_optimizer = make()
+    meta, saved = read_checkpoint("a.safetensors")
+    restore(saved, {"net": twin}, {"adamw": twin_optimizer})
+    for pair in ((net, optimizer), (twin, twin_optimizer)):
+        step(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))
+    assert meta == {"history": [{"loss": .1 + .2}]}
+
+
+def quiet_train(argv, log):
+    """A training process of its own, forked from a server that has imported torch already."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    train_script.main(argv)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills, capsys):
+    steps = kills + 4
+    flags = ["--concept", "dog", "--max_train_steps", steps, "--echo_steps", steps // 2, "--echo_samples", 16, "--train_batch_size", 2,
+             "--checkpointing_steps", 1, "--preview_steps", 4, "--log_steps", 3, "--seed", 3]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "diffusers", "transformers"])
+    chance, hit, during_write, left, seen = random.Random(kills), 0, 0, set(), {}
+
+    def finished(folder):
+        """Names of the checkpoints that have come so far, and the end."""
+        seen.setdefault(folder, set()).update(p.name for p in checkpoints(folder))
+        return seen[folder]
+
+    def start(folder, *more):
+        process = context.Process(target=quiet_train, args=([str(f) for f in (*flags, "--output_dir", folder, *more)], f"{folder}.log"))
+        process.start()
+        return process
+    plain = start("plain")
+    plain.join()
+    assert plain.exitcode == 0
+    start_up, runs = 0, 0
+    while hit < kills:  # a run that is through before it was killed often enough counts, and another begins
+        folder, runs, began = f"killed{runs}", runs + 1, time.time()
+        process = start(folder)
+        while True:
+            while not start_up and not checkpoints(folder):
+                time.sleep(.05)
+            start_up = start_up or time.time() - began  # seconds until the first checkpoint
+            if hit < kills and chance.random() < .7:  # most kills are to hit the iterations and their writes, not the loading
+                before = len(finished(folder))
+                while len(finished(folder)) == before and process.is_alive():
+                    time.sleep(.02)
+                process.join(chance.uniform(0, .2 * start_up))
+            else:
+                process.join(chance.uniform(0, start_up) if hit < kills else None)
+            if process.exitcode is not None:
+                break
+            process.kill()  # SIGKILL
+            process.join()
+            hit += 1
+            during_write += bool(list(Path(folder).rglob(".*.part")))
+            left |= {p.stem for p in checkpoints(folder)}
+            process = start(folder, *["--resume_from_checkpoint", "latest"] * bool(checkpoints(folder)))
+        assert process.exitcode == 0, Path(f"{folder}.log").read_text()[-2000:]
+        a, b = files("plain"), files(folder)
+        for run in (a, b):
+            run["config.json"] = json.loads(run["config.json"])
+            run["config.json"]["flags"].pop("output_dir")
+        assert a == b
+    with capsys.disabled():
+        print(f"\n{hit} kills in {runs} run(s), {during_write} of them during a write; {len(left)} different checkpoints were left")
