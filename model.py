@@ -10,6 +10,7 @@ A pair is two folders in the diffusers layout; sizes, prediction types and scali
 import copy
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from data.images import fail, write_atomically
+from data.images import fail, grid, save_png, to_pil, write_atomically
 
 ROOT = Path(__file__).resolve().parent
 BASES = {"emoji": ROOT / "data" / "emoji" / "base"}
@@ -216,11 +217,12 @@ def trainable_parameters(unet, which, rank=8):
 
 
 def merge_low_rank(unet):
-    """Fold "lora" factors into plain weights; {name: weight} of the layers that had them."""
+    """Fold "lora" factors into plain weights; {name: weight} of the layers that had them, as it was before."""
     layers = {n: m for n, m in unet.named_modules() if parametrize.is_parametrized(m)}
+    before = {f"{n}.weight": m.parametrizations.weight.original.detach().clone() for n, m in layers.items()}
     for module in layers.values():
         parametrize.remove_parametrizations(module, "weight")
-    return {f"{n}.weight": m.weight for n, m in layers.items()}
+    return before
 
 
 def load_pair(base, token, class_word, device="cpu"):
@@ -306,33 +308,168 @@ class Critic(nn.Sequential):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A finished run: the moved weights under plain UNet names, the token, and all flags.
+# A finished run, in the forms that other programs load: README.md in its folder shows how.
 
-def save_run(folder, pair, moved, flags):
-    """Write student and teacher `unet_delta.safetensors`, `learned_embeds.safetensors`, `config.json`, config last."""
+RUN = "echodistill-1"
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def low_rank(delta, rank=None):
+    """Factors up (out, r[, 1, 1]) and down (r, in[, k, k]) whose product is delta (out, in[, k, k]), of a linear or convolution.
+
+    Without a rank one factor is the identity and nothing is lost; with one, the singular value decomposition keeps the
+    most that `rank` directions can hold (Eckart-Young).
+    """
+    flat = delta.flatten(1)
+    if rank is None or rank >= min(flat.shape):
+        up, down = (torch.eye(len(flat)), flat) if len(flat) <= flat.shape[1] else (flat, torch.eye(flat.shape[1]))
+    else:
+        u, s, v = torch.linalg.svd(flat.double(), full_matrices=False)
+        up, down = (u[:, :rank] * s[:rank].sqrt()).float(), (v[:rank] * s[:rank, None].sqrt()).float()
+    return up.reshape(*up.shape, *[1] * (delta.dim() - 2)), down.reshape(len(down), *delta.shape[1:])
+
+
+def to_lora(before, after, rank=None):
+    """Kohya tensors of a UNet's change, and the share of the change (Frobenius norm) that they leave out, in [0, 1].
+
+    before, after  {diffusers name: weight}. A LoRA holds linear and convolution weights; norms and biases it cannot.
+    """
+    lora, missed, whole = {}, 0., 0.
+    change = {k: v.detach().float().cpu() - before[k].float().cpu() for k, v in after.items()}
+    factors = {k: low_rank(v, rank) for k, v in change.items() if v.dim() in (2, 4)}
+    alpha = max((len(down) for _, down in factors.values()), default=1)  # one for all: diffusers mistakes differing ones (LOG.md)
+    for name, delta in change.items():
+        whole += delta.square().sum().item()
+        if name in factors:
+            up, down = factors[name]
+            scale = alpha / len(down)  # what loaders multiply with
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            lora |= {f"{key}.lora_up.weight": up / scale, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(float(alpha))}
+            delta = delta - scale * ((up / scale).flatten(1) @ down.flatten(1)).view_as(delta)
+        missed += delta.square().sum().item()
+    return lora, (missed / whole) ** .5 if whole else 0.
+
+
+@torch.no_grad()
+def draw(pair, prompt, seeds, teacher=False, steps=None, guidance=1.0):
+    """One image (3, H, W) a seed, by the student or the guided teacher; (N, 3, H, W) in about [-1, 1] on the CPU.
+
+    On a CPU an image depends on its seed alone, bit for bit. A diffusers pipeline given the same CPU generator draws the same.
+    """
+    model, text = (pair.teacher, pair.text) if teacher else (pair.student, pair.student_text)
+    context, empty = text([prompt]), text([""])
+    noise = torch.cat([torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(context.device)
+    return torch.cat([pair.decode(model.sample(part, context.expand(len(part), -1, -1), steps or (16 if teacher else 1), empty,
+                                               guidance if teacher else 1.0)).cpu()
+                      for part in noise.split(1 if noise.device.type == "cpu" else 8)])
+
+
+def slug(prompt):
+    """A prompt as a file name that every system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def quoted(value):
+    """A path or text as Python code."""
+    return json.dumps(value.as_posix() if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+CARD = """# `{token}` {word}, learned by EchoDistill
+
+{role} of {base}, taught `{token}`. Written with torch {torch}, diffusers {diffusers}, transformers {transformers}.
+
+```python
+{code}
+```
+
+![{count} prompts, seed 0](samples/grid.png)
+
+- `unet_delta.safetensors`: the trained UNet weights themselves, under diffusers names; exact.
+- `{lora}`: their change as a LoRA with kohya keys. {fidelity}
+- `learned_embeds.safetensors`: the token. Once loaded, a second file of the same token needs `token="..."` in `load_textual_inversion`.
+- `config.json`: every flag and version; `samples/`: the pictures above.
+
+The lines need `pip install torch diffusers transformers peft` and draw `samples/{first}`. With a Stable Diffusion base,
+ComfyUI loads the LoRA from `models/loras` and the token from `models/embeddings`; prompts then say `embedding:learned_embeds`
+instead of `{token}`.
+"""
+
+
+def save_run(folder, pair, before, flags, prompts, rank=None):
+    """Write a run: student and, in teacher/, teacher, each as exact weights, LoRA, token, samples, card and config.
+
+    before   {"teacher", "student"}: {name: weight as the base had it} of every weight that may have moved
+    prompts  what the samples show; rank: of the LoRAs, or None for no loss. The student's config comes last: without it, no run.
+    """
     folder = Path(folder)
-    (folder / "config.json").unlink(missing_ok=True)  # of an earlier run: without it, half a result is no run
-    for part, name, text in ((folder, "student", pair.student_text), (folder / "teacher", "teacher", pair.text)):
-        save_tensors(part / "unet_delta.safetensors", moved[name])
-        save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
+    (folder / "config.json").unlink(missing_ok=True)
     versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
-    save_json(folder / "config.json", {"format": "echodistill-1", "flags": flags, "versions": versions})
+    for role, denoiser, text in (("teacher", pair.teacher, pair.text), ("student", pair.student, pair.student_text)):
+        part = folder / "teacher" if role == "teacher" else folder
+        weights = denoiser.unet.state_dict()
+        moved = {k: weights[k] for k in before[role]}
+        lora, error = to_lora(before[role], moved, rank)
+        exact = error < 1e-6  # rounding in fp32
+        save_tensors(part / "unet_delta.safetensors", moved)
+        save_tensors(part / LORA, lora)
+        save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
+        names = [f"{slug(p)}-seed0.png" for p in prompts]
+        images = torch.cat([draw(pair, p, [0], role == "teacher", guidance=flags["guidance_scale"]) for p in prompts])
+        for image, name in zip(to_pil(images), names):
+            save_png(image, part / "samples" / name)
+        save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
+        where = BASES.get(flags["base"], Path(flags["base"])) / role
+        where = where.relative_to(ROOT) if where.is_relative_to(ROOT) else where
+        code = ["import torch", "from diffusers import StableDiffusionPipeline", *["from safetensors.torch import load_file"] * (not exact), "",
+                f"pipe = StableDiffusionPipeline.from_pretrained({quoted(where)}, safety_checker=None)",
+                f"pipe.load_textual_inversion({quoted(part)})",
+                f"pipe.load_lora_weights({quoted(part)})" if exact else
+                f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
+                f"image = pipe({quoted(prompts[0])}, num_inference_steps={1 if role == 'student' else 16}, "
+                f"guidance_scale={0.0 if role == 'student' else flags['guidance_scale']}, height={pair.resolution}, width={pair.resolution},",
+                "             generator=torch.Generator().manual_seed(0)).images[0]",
+                'image.save("picture.png")']
+        fidelity = "It holds all of it." if exact else \
+            f"It leaves out {error:.2%} of the change (Frobenius norm{'' if rank is None else f', rank {rank}'}; norms and biases fit no LoRA)."
+        card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code="\n".join(code),
+                           count=len(prompts), lora=LORA, fidelity=fidelity, first=names[0], **versions)
+        write_atomically(part / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
+        save_json(part / "config.json", {"format": RUN, "model": role, "flags": flags, "versions": versions,
+                                         "lora": {"rank": rank, "left_out": error}})
+        print(f"{role}: LoRA {'of full rank' if rank is None else f'of rank {rank}'} leaves out {error:.2%} of the change")
 
 
+def check_run(folder, token):
+    """Refuse a run whose files are missing, cut short or not ours, from their headers alone."""
+    for part in (Path(folder), Path(folder) / "teacher"):
+        for name in ("unet_delta.safetensors", "learned_embeds.safetensors"):
+            try:
+                with safe_open(part / name, "pt") as f:
+                    keys = set(f.keys())
+            except (SafetensorError, OSError) as error:
+                fail(f"{part / name} is missing or damaged ({error}); train again, or name another run with --run")
+            if name.startswith("learned") and keys != {token}:
+                fail(f"{part / name} does not hold the token {token} that config.json names; train again, or name another run with --run")
+
+
+@torch.no_grad()
 def load_run(folder, pair):
-    """Put a run's weights and token into a freshly loaded pair."""
-    folder = Path(folder)
-    for part, denoiser in ((folder, pair.student), (folder / "teacher", pair.teacher)):
-        delta = load_file(part / "unet_delta.safetensors")
-        unknown = denoiser.unet.load_state_dict(delta, strict=False).unexpected_keys
-        if unknown:
-            raise ValueError(f"{part / 'unet_delta.safetensors'} does not fit this base: it holds {unknown[0]}")
-    rows = [load_file(part / "learned_embeds.safetensors")[pair.text.token] for part in (folder / "teacher", folder)]
-    with torch.no_grad():
-        pair.text.row.copy_(rows[0])
-        if not torch.equal(*rows):
-            pair.unshare_text()
-            pair.student_text.row.copy_(rows[1])
+    """Put a run's weights and token into a freshly loaded pair; returns the weights they replace, as `save_run` wants them."""
+    folder, before, rows = Path(folder), {}, []
+    for role, part, denoiser in (("teacher", folder / "teacher", pair.teacher), ("student", folder, pair.student)):
+        delta, row = load_file(part / "unet_delta.safetensors"), load_file(part / "learned_embeds.safetensors")[pair.text.token]
+        weights = denoiser.unet.state_dict()
+        odd = [k for k, v in delta.items() if k not in weights or weights[k].shape != v.shape or not v.isfinite().all()]
+        if odd or row.shape != pair.text.row.shape or not row.isfinite().all():
+            fail(f"{part} does not fit this base: {odd[0] if odd else pair.text.token} has another name, shape or no finite values; name another run with --run")
+        before[role] = {k: weights[k].cpu().clone() for k in delta}
+        denoiser.unet.load_state_dict(delta, strict=False)
+        rows.append(row)
+    pair.text.row.copy_(rows[0])
+    if not torch.equal(*rows):
+        pair.unshare_text()
+        pair.student_text.row.copy_(rows[1])
+    return before
 
 
 # ---------------------------------------------------------------------------------------------------------------

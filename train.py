@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
+from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_file, save_png
 from model import (BASES, RECIPES, Critic, checkpoints, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device,
                    prediction_type, read_checkpoint, restore, save_checkpoint, save_json, save_run, trainable_parameters)
 
@@ -119,8 +119,7 @@ def parse_arguments(argv=None):
     if not args.class_word:
         fail("--class_word is empty and the folder's name gives none; say what the subject is, such as --class_word dog")
     args.output_dir = args.output_dir or str(Path("out") / folder)
-    if any(p.exists() and not p.is_dir() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
-        fail(f"--output_dir {args.output_dir} cannot be a folder: a file is in the way")
+    refuse_file(args.output_dir, "--output_dir")
     pick_device(args.device)
     if args.mixed_precision == "fp16" and prediction_type(args.base) == "v_prediction":
         fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
@@ -218,7 +217,7 @@ def main(argv=None):
     for role, lr in (("teacher", args.teacher_lr), ("student", args.student_lr)):
         for p in moved[role].values():
             p.requires_grad_(lr > 0)
-    before = {k: v.detach().clone() for k, v in moved["teacher"].items()} if args.transplant else {}
+    before = {role: {k: v.detach().cpu().clone() for k, v in moved[role].items()} for role in moved}
     rows = {"row": pair.text.row}
     if not args.share_text:
         pair.unshare_text()
@@ -491,13 +490,13 @@ def main(argv=None):
     if args.transplant:
         with torch.no_grad():
             for k, v in moved["student"].items():
-                v += moved["teacher"][k] - before[k]
+                v += moved["teacher"][k] - before["teacher"][k].to(device)
     if args.train_unet == "lora":
-        moved = {"teacher": merge_low_rank(pair.teacher.unet), "student": merge_low_rank(pair.student.unet)}
+        before = {"teacher": merge_low_rank(pair.teacher.unet), "student": merge_low_rank(pair.student.unet)}
     save_json(out / "log.json", history)
     save_png(curves(history), out / "losses.png")
     preview(out / "preview.png")
-    save_run(out, pair, moved, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"})
+    save_run(out, pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, preview_prompts[:4])
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the finished run is complete without them
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {out}: preview.png, losses.png, student and teacher weights")
     print(f'sample it: python sample.py --run {shlex.quote(str(out))} --prompt "a {name} on the beach"')

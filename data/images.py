@@ -23,13 +23,22 @@ def fail(message):
     sys.exit(2)
 
 
+def refuse_file(folder, flag):
+    """Stop where a file is in the way of an output folder; None passes."""
+    if folder is not None and any(p.exists() and not p.is_dir() for p in (Path(folder), *Path(folder).parents)):
+        fail(f"{flag} {folder} cannot be a folder: a file is in the way")
+
+
 def write_atomically(path, write):
     """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file, and none stays behind."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # as this user makes files; safetensors makes them unreadable to others
         write(part)
+        os.chmod(part, mode)
         with open(part, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(part, path)

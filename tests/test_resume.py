@@ -184,7 +184,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills,
     chance, hit, during_write, left, seen = random.Random(kills), 0, 0, set(), {}
 
     def finished(folder):
-        """Names of the checkpoints that have come so far, and the end."""
+        """Names of the checkpoints that have come so far."""
         seen.setdefault(folder, set()).update(p.name for p in checkpoints(folder))
         return seen[folder]
 
