@@ -3,8 +3,12 @@
 Shapes: z (B, C, h, w) latents, x (B, 3, H, W) images in [-1, 1], tokens (B, T, d) image embeddings,
 logits (B, 2) with class 1 = real. Functions that end in `_per_sample` return (B,), so that c(t') can weigh them.
 """
+import math
+
 import torch
 import torch.nn.functional as F
+
+from kernels.sliced_wasserstein import sliced_wasserstein
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,19 +71,22 @@ def downsample(x):
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
-def sliced_wasserstein_per_sample(x, y, projections, levels=5):
+def sliced_wasserstein_per_sample(x, y, projections, levels=5, positions=0, generator=None, impl=None):
     """Multi-scale sliced Wasserstein distance of images in [-1, 1] (He et al., ECCV 2024, arXiv 2407.10181).
 
-    On each level of a Gaussian pyramid in CIELAB: project all patches on random filters, sort, mean |difference|.
-    Levels smaller than a filter are left out, so a 64-px image has three.
+    On each level of a Gaussian pyramid in CIELAB: the distance between all patches of the two, sliced by random filters. A level
+    with more patches than `positions` (0: no limit) takes those of a square lattice of about so many, placed at random. Levels
+    smaller than a filter are left out, so a 64-px image has three.
     """
     x, y = (srgb_to_lab(((i + 1) / 2).clamp(0, 1)) for i in (x, y))
     distances = []
     for _ in range(levels):
-        if min(x.shape[-2:]) < projections.shape[-1]:
+        rows, columns = (side - projections.shape[-1] + 1 for side in x.shape[-2:])
+        if min(rows, columns) < 1:
             break
-        a, b = (F.conv2d(i, projections).flatten(2).sort(-1).values for i in (x, y))
-        distances.append((a - b).abs().mean((1, 2)))
+        step = min(rows, columns, math.ceil(math.sqrt(rows * columns / positions))) if positions else 1
+        corner = torch.randint(step, (2,), generator=generator).tolist() if step > 1 else (0, 0)
+        distances.append(sliced_wasserstein(x, y, projections, step, corner, impl))
         x, y = downsample(x), downsample(y)
     return torch.stack(distances).mean(0)
 

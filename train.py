@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_file, save_png
+from kernels.dispatch import resolve
 from model import (BASES, RECIPES, Critic, checkpoints, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device,
                    prediction_type, read_checkpoint, restore, save_checkpoint, save_json, save_run, trainable_parameters)
 
@@ -48,6 +49,7 @@ def parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="bf16",
                    help="autocast of the forward passes; fp16 only with an epsilon teacher")
+    g.add_argument("--kernels", choices=["auto", "triton", "torch"], default="auto", help="of the alignment losses; auto: Triton on CUDA")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--max_train_steps", type=int, help="iterations of the joint stage")
@@ -69,6 +71,7 @@ def parser():
     g.add_argument("--latent_weight", type=float, help="latent MSE, student against teacher")
     g.add_argument("--swd_weight", type=float, help="multi-scale sliced Wasserstein distance of the decoded images")
     g.add_argument("--swd_projections", type=int, help="random filters per call (paper: 128)")
+    g.add_argument("--swd_positions", type=int, default=16384, help="patches per level at most, about; a 64-px image has 2916; 0: all (paper)")
     g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
     g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
     g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
@@ -120,7 +123,10 @@ def parse_arguments(argv=None):
         fail("--class_word is empty and the folder's name gives none; say what the subject is, such as --class_word dog")
     args.output_dir = args.output_dir or str(Path("out") / folder)
     refuse_file(args.output_dir, "--output_dir")
-    pick_device(args.device)
+    try:
+        resolve(args.kernels, pick_device(args.device)[0])
+    except ValueError as e:
+        fail(f"--kernels {args.kernels}: {e}")
     if args.mixed_precision == "fp16" and prediction_type(args.base) == "v_prediction":
         fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
     for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps",
@@ -202,6 +208,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
     device, why = pick_device(args.device)
+    impl, why_impl = resolve(args.kernels, device)
     out = Path(args.output_dir)
     resumed = find_checkpoint(args) if args.resume_from_checkpoint else None
     name = f"{args.token} {args.class_word}"
@@ -236,6 +243,7 @@ def main(argv=None):
     draws = (args.student_lr > 0 or not args.detach_prompt) and (aligns or competes)
     print(f"device {device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {pair.teacher.prediction_type}, "
           f"student {pair.student.prediction_type}, {pair.resolution} px")
+    print(f"alignment losses in {impl} ({why_impl})")
     print(f"concept {args.concept}: {len(photos)} photos of {name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in moved['teacher'].values()):,} weights in each UNet and one token of {pair.text.row.numel()}")
     print(f"{args.max_train_steps} joint and {args.echo_steps} echo iterations of batch {args.train_batch_size}")
@@ -428,7 +436,8 @@ def main(argv=None):
                 aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
             if args.swd_weight:
                 filters = losses.random_projections(args.swd_projections, g).to(device)
-                aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(x_s, x_teacher, filters)
+                aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(
+                    x_s, x_teacher, filters, positions=args.swd_positions, generator=g, impl=impl)
             terms["alignment"] = (c * aligned).mean()
             if competes:
                 terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())

@@ -1,9 +1,14 @@
 """Shared fixtures. Run everything with: python -m pytest"""
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels run on the CPU, as numpy
 
 ROOT = Path(__file__).resolve().parents[1]
 

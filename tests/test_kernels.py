@@ -1,0 +1,231 @@
+"""Every Triton kernel against its torch reference, on the GPU if there is one, else interpreted. python -m pytest tests/test_kernels.py"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+from conftest import ROOT, train
+from kernels.dispatch import resolve, triton
+from kernels.sliced_wasserstein import sliced_wasserstein
+
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+swd = sys.modules["kernels.sliced_wasserstein"]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def filters_of(count, size=3, dtype=torch.float32):
+    return losses.random_projections(count, torch.Generator().manual_seed(1), size).to(DEVICE, dtype)
+
+
+def distance_and_gradients(x, y, filters, impl, step=1, corner=(0, 0)):
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    distance = sliced_wasserstein(x, y, filters, step, corner, impl)
+    return distance.detach(), *torch.autograd.grad((distance * torch.arange(1, len(x) + 1, device=DEVICE)).sum(), (x, y))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sliced Wasserstein
+
+def crossing_bound(u, v, centre):
+    """The docstring's bound for one filter: the sum of width * max(mass) over the cells in which F_u - F_v has both signs."""
+    edges = np.exp2(np.arange(swd.OCTAVES + 1))
+    edges = np.concatenate([np.linspace(a, b, 65)[:-1] for a, b in zip(edges[:-1], edges[1:])]) - 1
+    edges = centre + swd.FINEST * np.concatenate([-edges[::-1], edges[1:]])
+    s = np.unique(np.concatenate([u, v, edges]))
+    difference = np.searchsorted(np.sort(u), s, "right") / len(u) - np.searchsorted(np.sort(v), s, "right") / len(v)
+    cell = np.searchsorted(edges, s, "right") - 1
+    crosses = np.intersect1d(cell[difference > 1e-12], cell[difference < -1e-12])
+    mass = [np.bincount(np.searchsorted(edges, i, "right") - 1, minlength=len(edges)) / len(i) for i in (u, v)]
+    return (np.append(np.diff(edges), 0) * np.maximum(*mass))[crosses].sum()
+
+
+@pytest.mark.parametrize("blend", [0., .9, .99])
+def test_cells_are_below_the_sort_by_no_more_than_the_bound(blend):
+    x, y = rand(1, 3, 40, 40, dtype=torch.float64), rand(1, 3, 40, 40, seed=1, dtype=torch.float64)
+    y, w = blend * x + (1 - blend) * y, filters_of(8, 5, torch.float64)
+    exact, cells = (sliced_wasserstein(x, y, w, impl=i).item() for i in ("torch", "cells"))
+    u, v = (F.conv2d(i, w).flatten(2)[0].cpu().numpy() for i in (x, y))
+    centre = ((x.mean((2, 3)) + y.mean((2, 3))) / 2 @ w.sum((2, 3)).T)[0].tolist()
+    bound = np.mean([crossing_bound(*i) for i in zip(u, v, centre)])
+    assert -1e-9 <= exact - cells <= bound + 1e-9 and bound < .2 * exact, (exact, cells, bound)
+
+
+def test_cells_have_the_gradient_of_the_sort():
+    x, y, w = losses.srgb_to_lab(rand(2, 3, 64, 64)), losses.srgb_to_lab(rand(2, 3, 64, 64, seed=1) ** 1.2), filters_of(16, 11)
+    (exact, *g), (cells, *h) = (distance_and_gradients(x, y, w, i) for i in ("torch", "cells"))
+    torch.testing.assert_close(cells, exact, rtol=1e-3, atol=0)
+    for a, b in zip(g, h):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > .99 and abs(a.norm() / b.norm() - 1) < .01
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape, count, size, step, corner", [
+    ((2, 3, 13, 13), 5, 3, 1, (0, 0)), ((1, 3, 12, 17), 70, 3, 1, (0, 0)), ((2, 3, 23, 17), 4, 5, 2, (1, 0)), ((1, 3, 19, 24), 3, 3, 5, (4, 3)),
+    ((3, 3, 5, 5), 2, 5, 1, (0, 0)), ((1, 3, 26, 24), 3, 11, 4, (2, 1))])
+def test_the_kernel_gives_what_the_cells_in_torch_give(shape, count, size, step, corner, dtype):
+    x, y, w = rand(*shape, dtype=dtype), rand(*shape, seed=1, dtype=dtype) * .7, filters_of(count, size, dtype)
+    wanted, got = (distance_and_gradients(x, y, w, i, step, corner) for i in ("cells", "triton"))
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=0)
+    for a, b in zip(got[1:], wanted[1:]):  # a rounding error may put a value beside an edge into the next cell, hence the norm
+        assert (a - b).norm() < (2e-3 if dtype == torch.float32 else 1e-9) * b.norm()
+
+
+@needs_triton
+def test_the_kernels_gradient_is_the_derivative_of_its_distance():
+    x, w = rand(2, 3, 6, 5, dtype=torch.float64), filters_of(3, 3, torch.float64)
+    y = x.flip(0) + 1.5  # far enough that no cell changes sign: there the distance is linear
+    x.requires_grad_(), y.requires_grad_()
+    torch.autograd.gradcheck(lambda a, b: sliced_wasserstein(a, b, w, impl="triton"), (x, y), eps=1e-2, atol=1e-4, fast_mode=True)
+
+
+@needs_triton
+def test_the_kernel_reads_any_memory_layout():
+    x, y, w = rand(2, 3, 9, 8), rand(1, 3, 9, 8, seed=1), filters_of(2)
+    wanted = distance_and_gradients(x, y.repeat(2, 1, 1, 1), w, "triton")
+    got = distance_and_gradients(x.contiguous(memory_format=torch.channels_last), y.expand(2, -1, -1, -1), w, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+@needs_triton
+def test_many_images_go_in_parts_and_nothing_is_read_before_it_is_written(monkeypatch):
+    x, y, w = rand(3, 3, 9, 8), rand(3, 3, 9, 8, seed=1), filters_of(2)
+    wanted = distance_and_gradients(x, y, w, "triton")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(99))
+    monkeypatch.setattr(swd, "AT_ONCE", 2 * 42 * 16)  # bytes of two images
+    got = distance_and_gradients(x, y, w, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", ["triton", "cells"])
+def test_equal_pictures_have_no_distance_and_no_gradient_and_neither_has_an_empty_batch(impl):
+    x = rand(2, 3, 9, 8)
+    x[1] = .5
+    assert all((i == 0).all() for i in distance_and_gradients(x, x, filters_of(4), impl))
+    assert [i.shape[0] for i in distance_and_gradients(x[:0], x[:0], filters_of(4), impl)] == [0, 0, 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", ["triton", "cells"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_lost(impl, bad):
+    x = rand(2, 3, 9, 8)
+    x[1, 0, 4, 4] = bad
+    distance, gradient, _ = distance_and_gradients(x, rand(2, 3, 9, 8, seed=1), filters_of(4), impl)
+    assert distance.isfinite().tolist() == [True, False] and gradient[0].isfinite().all() and not gradient[1].isfinite().any()
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_a_lattice_of_patches_estimates_the_distance_of_all(impl):
+    x, y, w = rand(2, 3, 24, 24) * 2 - 1, rand(2, 3, 24, 24, seed=1) - 1, filters_of(4)
+    everything = losses.sliced_wasserstein_per_sample(x, y, w, 1)
+    calls = [losses.sliced_wasserstein_per_sample(x, y, w, 1, 121, torch.Generator().manual_seed(s), impl) for s in (0, 0, 1)]
+    assert torch.equal(calls[0], calls[1]) and not torch.equal(calls[0], calls[2])
+    torch.testing.assert_close(calls[0], everything, rtol=.1, atol=0)
+    torch.testing.assert_close(losses.sliced_wasserstein_per_sample(x, y, w, 1, 484, impl=impl), everything, rtol=1e-3, atol=0)
+    assert losses.sliced_wasserstein_per_sample(x[..., :3], y[..., :3], w, 1, 1, torch.Generator(), impl).shape == (2,)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which implementation runs
+
+def test_without_a_gpu_torch_runs_and_asking_for_triton_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve("auto", "cpu") == ("torch", "no CUDA device") and resolve("torch", "cuda") == ("torch", "as asked")
+    with pytest.raises(ValueError, match="CUDA"):
+        resolve("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve(None, "cpu")[0] == "torch"
+
+
+def test_everything_runs_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, losses
+from kernels.dispatch import resolve
+assert resolve(None, "cuda") == ("torch", "Triton is not installed")
+x = torch.rand(1, 3, 16, 16)
+assert losses.sliced_wasserstein_per_sample(x, x.flip(2) ** 2, losses.random_projections(2, torch.Generator())) > 0
+try:
+    resolve("triton", "cpu")
+except ValueError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "pip install triton" in done.stdout, done.stderr
+
+
+COMPILE = """
+import sys
+from importlib import import_module
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for module, name, pointers, constants, options in eval(sys.argv[1]):
+    kernel = getattr(import_module(module), name)
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    done = compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", int(sys.argv[2]), 32), options=options)
+    print(name, len(done.asm["cubin"]), done.metadata.shared)
+"""
+PROJECTS = dict(MANTISSA=6, OCTAVES=11, PLACE=17, WIDE=False, SIZE=11, M=128, N=64, PRECISION="tf32")
+JOBS = [
+    ("kernels.sliced_wasserstein", "histogram_kernel", dict(x="*fp32", weights="*fp32", centre="*fp32", table="*i64"), PROJECTS | dict(COUNT=40),
+     dict(num_warps=8, num_stages=2)),
+    ("kernels.sliced_wasserstein", "sign_kernel", dict(x="*fp32", weights="*fp32", centre="*fp32", sign="*i8", out="*i8"), PROJECTS,
+     dict(num_warps=8, num_stages=2)),
+    ("kernels.sliced_wasserstein", "transpose_kernel", dict(signs="*i8", weights="*fp32", scale="*fp32", out="*fp32"),
+     dict(SIZE=11, M=128, N=64, PRECISION="tf32"), dict(num_warps=8, num_stages=2))]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", [80, 90])
+def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(target):
+    """Ampere and Hopper machine code, made by Triton's own ptxas; no GPU is needed for that."""
+    done = subprocess.run([sys.executable, "-c", COMPILE, repr(JOBS), str(target)], cwd=ROOT, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [name for _, name, *_ in JOBS]
+    assert all(int(code) > 0 and int(shared) <= 99 * 1024 for _, code, shared in lines)  # what a 4090 lends one program
+
+
+@needs_triton
+def test_training_with_either_implementation_has_the_same_losses_and_gradients(concept, monkeypatch):
+    monkeypatch.setattr(swd, "BLOCK", 4096)  # the interpreter's time goes by programs
+    clip, gradients, logs = torch.nn.utils.clip_grad_norm_, {"torch": [], "triton": []}, []
+
+    def record(parameters, *rest):
+        parameters = list(parameters)
+        gradients[impl].append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        return clip(parameters, *rest)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    for impl in gradients:
+        train("--max_train_steps", 1, "--echo_steps", 0, "--train_batch_size", 1, "--swd_projections", 3, "--swd_positions", 64,
+              "--mixed_precision", "no", "--kernels", impl, "--output_dir", impl)
+        logs.append(json.loads((Path(impl) / "log.json").read_text()))
+    for a, b in zip(*logs):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert len(gradients["torch"]) == len(gradients["triton"]) == 3  # teacher, student and critics
+    for a, b in zip(*gradients.values()):
+        assert (a - b).norm() < .02 * a.norm()
+    assert not torch.equal(gradients["torch"][1], gradients["triton"][1]), "the flag changed nothing"
