@@ -35,10 +35,11 @@ RECIPES = {"emoji": dict(
 
 def pick_device(name="auto"):
     """(torch.device, the reason in words); "auto" prefers CUDA, then MPS, then the CPU."""
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name != "auto":
-        if not usable.get(name.split(":")[0]):
-            fail(f"--device {name} is not here; usable: auto, {', '.join(k for k, v in usable.items() if v)}")
+        kind, _, number = name.partition(":")
+        if count.get(kind, 0) <= (int(number) if number.isdecimal() else 0) or number and not number.isdecimal():
+            fail(f"--device {name} is not here; usable: auto, {', '.join(k for k, v in count.items() if v)}")
         return torch.device(name), "as asked"
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
@@ -526,6 +527,8 @@ def checkpoints(folder):
 
 def read_checkpoint(path):
     """(meta, {name: tensor}) of a checkpoint; a ValueError says what is wrong with a truncated, altered or foreign file."""
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}")
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as f:

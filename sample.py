@@ -8,13 +8,14 @@ Uses the newest run under out/ unless --run names one; writes single images and 
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
 
-from data.images import fail, grid, load_prompts, refuse_file, save_png, to_pil
-from model import BASES, RUN, check_run, draw, load_pair, load_run, pick_device, save_run, slug
+from data.images import fail, grid, load_prompts, make_folder, save_png, to_pil
+from model import BASES, RUN, check_run, draw, load_pair, load_run, load_tokenizer, pick_device, save_run, slug
 
 
 def parse_arguments(argv=None):
@@ -46,10 +47,8 @@ def parse_arguments(argv=None):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
     if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
         fail(f"--guidance_scale must be a number from 0 up, not {args.guidance_scale}")
-    if args.seed < 0:
-        fail(f"--seed must be 0 or more, not {args.seed}")
-    for flag in ("export", "output_dir"):
-        refuse_file(getattr(args, flag), f"--{flag}")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed must be from 0 to {2 ** 32 - 1}, not {args.seed}")
     pick_device(args.device)
     args.run, args.flags = read_run(args.run, base=args.base)
     return args
@@ -66,7 +65,7 @@ def read_run(folder=None, root="out", base=None):
             fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
         folder = configs[-1].parent
     folder, config = Path(folder), Path(folder) / "config.json"
-    if not config.is_file():
+    if not os.path.isfile(config):
         fail(f"--run {folder} holds no finished run (no config.json); train one with: python train.py --concept data/dog")
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
@@ -95,6 +94,7 @@ def main(argv=None):
     token, prompt, flags = args.flags["token"], args.prompt, args.flags
     device, why = pick_device(args.device)
     if args.export:
+        make_folder(args.export, "--export")
         pair = load_pair(flags["base"], token, flags["class_word"], device)
         before = load_run(args.run, pair)
         named = [p.replace("{}", f"{token} {flags['class_word']}") for p in load_prompts("emoji")["preview"][:4]]
@@ -104,12 +104,15 @@ def main(argv=None):
         prompt = " ".join(prompt.replace(token, " ").split())
     elif token not in prompt:
         print(f"note: the prompt does not hold {token}, so the subject of {args.run} need not appear")
+    tokenizer = load_tokenizer(flags["base"])
+    tokenizer.add_tokens(token)
+    length, longest = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+    if length > longest:
+        print(f"note: the prompt takes {length} tokens and the model reads {longest}; what comes later is cut off")
+    out = make_folder(args.output_dir or args.run / "samples", "--output_dir")
     pair = load_pair(flags["base"], token, flags["class_word"], device)
     if not args.base_only:
         load_run(args.run, pair)
-    longest, words = pair.text.tokenizer.model_max_length, len(pair.text.tokenizer(prompt).input_ids)
-    if words > longest:
-        print(f"note: the prompt is {words} tokens long and the model reads {longest}; its end is cut off")
     print(f"run {args.run}, device {device} ({why}), {'teacher' if args.teacher else 'student'}, {args.steps} step(s)")
 
     start, seeds = time.perf_counter(), range(args.seed, args.seed + args.num_images)
@@ -117,7 +120,6 @@ def main(argv=None):
     images = draw(pair, prompt, seeds, args.teacher, args.steps, guidance)
     seconds = time.perf_counter() - start
 
-    out = Path(args.output_dir) if args.output_dir else args.run / "samples"
     words = slug(prompt) + ("-teacher" if args.teacher else "") + ("-base" if args.base_only else "")
     words += f"-{args.steps}steps" if args.steps != (16 if args.teacher else 1) else ""
     for seed, image in zip(seeds, to_pil(images)):

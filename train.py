@@ -6,6 +6,7 @@ A teacher and a one-step student train together around one text encoder (joint s
 echoed back to both (echo stage). README.md maps the paper to the code.
 """
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_file, save_png
+from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
 from kernels.dispatch import resolve
 from model import (BASES, RECIPES, Critic, checkpoints, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device,
                    prediction_type, read_checkpoint, restore, save_checkpoint, save_json, save_run, trainable_parameters)
@@ -110,7 +111,7 @@ def parser():
 def parse_arguments(argv=None):
     """Flags with the base's recipe filled in; everything that the input alone tells is refused here."""
     args = parser().parse_args(argv)
-    if args.base not in BASES and not Path(args.base, "teacher").is_dir():
+    if args.base not in BASES and not os.path.isdir(Path(args.base, "teacher")):
         fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     for name, value in RECIPES.get(args.base, RECIPES["emoji"]).items():
         if getattr(args, name) is None:
@@ -122,7 +123,6 @@ def parse_arguments(argv=None):
     if not args.class_word:
         fail("--class_word is empty and the folder's name gives none; say what the subject is, such as --class_word dog")
     args.output_dir = args.output_dir or str(Path("out") / folder)
-    refuse_file(args.output_dir, "--output_dir")
     try:
         resolve(args.kernels, pick_device(args.device)[0])
     except ValueError as e:
@@ -147,10 +147,21 @@ def parse_arguments(argv=None):
         fail("--transplant moves plain weights; use --train_unet kv, attention or all")
     if args.sequential and args.echo_steps:
         fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
+    if args.echo_real_only and not args.echo_steps:
+        fail("--echo_real_only is the control of an echo stage, which --echo_steps 0 switches off; leave one of them out")
+    if args.teacher_lr == args.student_lr == args.token_lr == 0:
+        fail("--teacher_lr, --student_lr and --token_lr are all 0, so nothing would be learned; raise one of them")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed must be from 0 to {2 ** 32 - 1}, not {args.seed}")
     if not args.token.strip() or any(c.isspace() for c in args.token):
         fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
-    if len(load_tokenizer(args.base).tokenize(args.token)) == 1:
+    tokenizer = load_tokenizer(args.base)
+    if len(tokenizer.tokenize(args.token)) == 1:
         fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
+    if args.token in args.class_word:
+        fail(f"--class_word {args.class_word} holds the token {args.token} itself; say the ordinary noun, such as dog")
+    if len(tokenizer.tokenize(args.class_word)) > tokenizer.model_max_length // 2:
+        fail(f"--class_word {args.class_word[:40]}... fills more than half of the {tokenizer.model_max_length} tokens that the model reads; shorten it")
     return args
 
 
@@ -209,8 +220,8 @@ def main(argv=None):
     handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
     device, why = pick_device(args.device)
     impl, why_impl = resolve(args.kernels, device)
-    out = Path(args.output_dir)
     resumed = find_checkpoint(args) if args.resume_from_checkpoint else None
+    out = make_folder(args.output_dir, "--output_dir")
     name = f"{args.token} {args.class_word}"
 
     # -- models -------------------------------------------------------------------------------------------------

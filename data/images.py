@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -23,10 +23,15 @@ def fail(message):
     sys.exit(2)
 
 
-def refuse_file(folder, flag):
-    """Stop where a file is in the way of an output folder; None passes."""
-    if folder is not None and any(p.exists() and not p.is_dir() for p in (Path(folder), *Path(folder).parents)):
-        fail(f"{flag} {folder} cannot be a folder: a file is in the way")
+def make_folder(folder, flag):
+    """An output folder, made before any model is loaded."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{flag} {folder} cannot be made ({error.strerror}); choose another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        fail(f"{flag} {folder} cannot be written to; choose another folder")
+    return Path(folder)
 
 
 def write_atomically(path, write):
@@ -56,7 +61,7 @@ def write_atomically(path, write):
 def photo_paths(folder):
     """The image files of a concept folder in name order; hidden files and other suffixes are passed over."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         fail(f"--concept {folder} is not a folder; give one that holds 3-6 photos of your subject")
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not paths:
@@ -75,7 +80,9 @@ def load_photo(path, size):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        fail(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; shrink or remove it")
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         fail(f"{path} cannot be read as an image ({type(error).__name__}); replace or remove it")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 

@@ -1,63 +1,201 @@
 """Bad input is answered with one sentence and exit code 2, before any model is loaded. python -m pytest tests/test_input.py"""
+import errno
+import json
+import os
+import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import evaluate
 import sample
 import train
 from conftest import ROOT, exit_of
 from data.images import load_photos
+from model import save_json, save_tensors
 
 
 @pytest.fixture
 def no_models(monkeypatch):
-    for script in (train, sample):
-        monkeypatch.setattr(script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
+    for script in (train, sample, evaluate):
+        monkeypatch.setattr(script, "load_pair", lambda *a, **k: pytest.fail("a model was loaded first"))
 
 
 def picture(mode="RGB", size=(40, 30)):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
 
 
-BAD = [
-    (["--concept", "nowhere"], "nowhere"), (["--concept", "empty"], "empty"), (["--concept", "broken"], "broken.png"),
-    (["--concept", "text"], "text"), (["--concept", "dog/00.png"], "00.png"),
-    (["--concept", "dog", "--max_train_steps", "0"], "--max_train_steps"), (["--concept", "dog", "--train_batch_size", "-1"], "--train_batch_size"),
-    (["--concept", "dog", "--student_lr", "-1"], "--student_lr"), (["--concept", "dog", "--student_lr", "nan"], "--student_lr"),
-    (["--concept", "dog", "--max_grad_norm", "0"], "--max_grad_norm"), (["--concept", "dog", "--student", "1"], "--student"),
-    (["--concept", "dog", "--echo_keep", "2"], "--echo_keep"), (["--concept", "dog", "--token", "two words"], "--token"),
-    (["--concept", "dog", "--token", "dog"], "--token"), (["--concept", "dog", "--class_word", " "], "--class_word"),
-    (["--concept", "dog", "--base", "nonesuch"], "--base"), (["--concept", "dog", "--device", "abacus"], "--device"),
-    (["--concept", "dog", "--unknown_flag", "1"], "--unknown_flag"), (["--concept", "dog", "--train_unet", "some"], "--train_unet"),
-    (["--concept", "dog", "--resume_from_checkpoint", "gone"], "gone"), (["--concept", "dog", "--output_dir", "dog/00.png"], "--output_dir"),
+def photo(name, content):
+    """A concept folder photos/ with one file; content: bytes, or a function of its path."""
+    def make():
+        Path("photos").mkdir()
+        content(Path("photos", name)) if callable(content) else Path("photos", name).write_bytes(content)
+    return make
+
+
+PNG = (ROOT / "data/dog/00.png").read_bytes()
+HEADER = b"IHDR" + struct.pack(">II", 30000, 30000) + PNG[24:29]
+BOMB = PNG[:12] + HEADER + struct.pack(">I", zlib.crc32(HEADER)) + PNG[33:]  # says that it unpacks to 900 million pixels
+FLAGS = {"token": "<v>", "class_word": "dog", "base": "emoji", "concept": "dog", "guidance_scale": 3.0}
+
+
+def run_folder(change=None, **flags):
+    """A run folder run/ that passes every check made before models are loaded, but for what change() or the flags spoil."""
+    def make():
+        for part in ("run", "run/teacher"):
+            save_tensors(Path(part, "unet_delta.safetensors"), {"conv_in.bias": torch.zeros(96)})
+            save_tensors(Path(part, "learned_embeds.safetensors"), {"<v>": torch.zeros(1, 128)})
+        save_json("run/config.json", {"format": "echodistill-1", "flags": {k: v for k, v in (FLAGS | flags).items() if v is not None}})
+        if change:
+            change()
+    return make
+
+
+def write(name, content):
+    return lambda: Path(name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def cut(name):
+    return lambda: Path(name).write_bytes(Path(name).read_bytes()[:-20])
+
+
+def set_token(name):
+    return lambda: save_tensors(name, {"<w>": torch.zeros(1, 128)})
+
+
+def loop(name):
+    return lambda: (Path(name).unlink(missing_ok=True), os.symlink(Path(name).name, name))
+
+
+D = ["--concept", "dog"]
+P = ["--concept", "photos"]
+BAD = [  # what is made first, the script, its flags, what the sentence must name
+    # concept folders
+    (None, train, ["--concept", "nowhere"], "--concept nowhere"), (None, train, ["--concept", ""], "--concept"),
+    (None, train, ["--concept", "dog/00.png"], "00.png"), (None, train, ["--concept", "x" * 5000], "--concept"), (None, train, [], "--concept"),
+    (lambda: Path("photos").mkdir(), train, P, "photos"), (loop("photos"), train, P, "--concept photos"),
+    (photo("readme.txt", b"no image"), train, P, "holds no image"), (photo(".hidden.png", PNG), train, P, "holds no image"),
+    (photo("a.png", PNG[:500]), train, P, "a.png"), (photo("a.png", b""), train, P, "a.png"), (photo("a.png", b"GIF89a"), train, P, "a.png"),
+    (photo("a.jpg", b"\xff\xd8\xff\xe0" + bytes(200)), train, P, "a.jpg"), (photo("a.webp", b"RIFF\x00\x00\x00\x00WEBPVP8 "), train, P, "a.webp"),
+    (photo("a.png", Path.mkdir), train, P, "a.png"), (photo("a.png", lambda p: os.symlink("a.png", p)), train, P, "a.png"),
+    (photo("a.png", lambda p: os.symlink("gone.png", p)), train, P, "a.png"), (photo("a.png", BOMB), train, P, "million pixels"),
+    (photo("a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), train, P, "a.png"),
+    # flags of train out of range
+    *[(None, train, D + [f"--{name}", value], f"--{name}") for name, value in (
+        ("max_train_steps", 0), ("max_train_steps", "many"), ("train_batch_size", -1), ("student_lr", -1), ("student_lr", "nan"), ("teacher_lr", "inf"),
+        ("max_grad_norm", 0), ("max_grad_norm", "nan"), ("echo_keep", 2), ("echo_share", -.1), ("lr_decay", 1.5), ("swd_projections", 0),
+        ("guidance_scale", "inf"), ("log_steps", 0), ("checkpointing_steps", 0), ("checkpoints_total_limit", -1), ("lora_rank", 0),
+        ("seed", -1), ("seed", 10 ** 18), ("mixed_precision", "fp64"), ("train_unet", "some"), ("unknown_flag", 1), ("student", 1),
+        ("device", "abacus"), ("device", "cpu:banana"), ("device", "cuda:99"), ("base", "nonesuch"), ("base", "dog"),
+        ("token", "two words"), ("token", ""), ("token", "dog"), ("token", "<|endoftext|>"),
+        ("class_word", " "), ("class_word", "a <v>"), ("class_word", "very " * 30 + "good dog"),
+        ("output_dir", "dog/00.png"), ("output_dir", "dog/00.png/deeper"), ("output_dir", "/proc/nowhere"), ("output_dir", "x" * 300),
+        ("resume_from_checkpoint", "gone"), ("resume_from_checkpoint", "latest"), ("resume_from_checkpoint", "dog/00.png"),
+        ("resume_from_checkpoint", "dog"))],
+    # flags of train that contradict each other
+    (None, train, D + ["--echo_real_only", "--echo_steps", 0], "--echo_real_only"),
+    (None, train, D + ["--teacher_lr", 0, "--student_lr", 0, "--token_lr", 0], "--teacher_lr"),
+    (None, train, D + ["--mixed_precision", "fp16"], "--mixed_precision fp16"), (None, train, D + ["--sequential"], "--echo_steps 0"),
+    (None, train, D + ["--transplant", "--train_unet", "lora"], "--transplant"),
+    (loop("dog/06.png"), train, D, "06.png"),
+    # flags of sample and evaluate
+    *[(run_folder(), sample, ["--run", "run", *flags], named) for flags, named in (
+        ([], "--prompt"), (["--prompt", "  "], "--prompt"), (["--prompt", "a", "--num_images", 0], "--num_images"), (["--prompt", "a", "--steps", 3], "--steps"),
+        (["--prompt", "a", "--teacher", "--steps", 0], "--steps"), (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale"),
+        (["--prompt", "a", "--seed", -5], "--seed"), (["--prompt", "a", "--device", "abacus"], "--device"), (["--prompt", "a", "--rank", 4], "--rank"),
+        (["--prompt", "a", "--export", "there"], "--export"), (["--export", "there", "--rank", 0], "--rank"), (["--export", "run/config.json"], "--export"),
+        (["--prompt", "a", "--output_dir", "run/config.json"], "--output_dir"), (["--prompt", "a", "--output_dir", "/proc/nowhere"], "--output_dir"),
+        (["--prompt", "a", "--base", "nonesuch"], "--base"))],
+    (None, sample, ["--prompt", "a dog"], "train.py"), (None, evaluate, [], "train.py"), (run_folder(), evaluate, ["--run", "run", "--num_seeds", 0], "--num_seeds"),
+    (run_folder(), evaluate, ["--run", "run", "--device", "abacus"], "--device"),
+    # run folders: half-written, foreign, edited by hand
+    *[(make, script, ["--run", "run", *more], named) for script, more in ((sample, ["--prompt", "a <v> dog"]), (evaluate, [])) for make, named in (
+        (None, "run"), (lambda: Path("run").mkdir(), "run"), (run_folder(lambda: os.unlink("run/config.json")), "config.json"),
+        (run_folder(write("run/config.json", b'{"format": "echodis')), "config.json"), (run_folder(write("run/config.json", b"\xff\xfe\x00")), "config.json"),
+        (run_folder(write("run/config.json", b"[" * 100_000)), "config.json"), (run_folder(write("run/config.json", [1, 2])), "config.json"),
+        (run_folder(write("run/config.json", {"format": "diffusers", "flags": FLAGS})), "format"), (run_folder(write("run/config.json", {"format": "echodistill-1"})), "flags"),
+        (run_folder(write("run/config.json", {"format": "echodistill-1", "model": "teacher", "flags": FLAGS})), "teacher"),
+        (run_folder(token=None), "token"), (run_folder(token=7), "token"), (run_folder(token="two words"), "token"), (run_folder(class_word=""), "class_word"),
+        (run_folder(guidance_scale="3"), "guidance_scale"), (run_folder(guidance_scale=float("nan")), "guidance_scale"), (run_folder(guidance_scale=True), "guidance_scale"),
+        (run_folder(base="../elsewhere"), "--base"), (run_folder(base="/etc"), "--base"), (run_folder(base=["emoji"]), "base"),
+        (run_folder(lambda: os.unlink("run/unet_delta.safetensors")), "run/unet_delta.safetensors"), (run_folder(cut("run/unet_delta.safetensors")), "run/unet_delta.safetensors"),
+        (run_folder(write("run/learned_embeds.safetensors", b"")), "run/learned_embeds.safetensors"), (run_folder(set_token("run/learned_embeds.safetensors")), "<v>"),
+        (run_folder(lambda: shutil.rmtree("run/teacher")), "run/teacher"), (run_folder(loop("run/unet_delta.safetensors")), "run/unet_delta.safetensors"),
+        (run_folder(loop("run/config.json")), "config.json"))],
 ]
 
 
-@pytest.mark.parametrize("argv, named", BAD, ids=[" ".join(a[1:]) for a, _ in BAD])
-def test_train_refuses(argv, named, concept, no_models, capsys):
-    for name in ("empty", "broken", "text"):
-        Path(name).mkdir()
-    Path("broken/broken.png").write_bytes((concept / "00.png").read_bytes()[:500])
-    Path("text/readme.txt").write_text("no image")
-    code, said = exit_of(train.main, argv, capsys)
-    assert code == 2 and named in said and "Traceback" not in said
-    assert not Path("out").exists()
+def test_the_table_of_bad_input_is_long_enough():
+    assert len(BAD) >= 60 and {script for _, script, _, _ in BAD} == {train, sample, evaluate}
 
 
-@pytest.mark.parametrize("argv, named", [
-    (["--prompt", "  "], "--prompt"), (["--prompt", "a dog"], "train.py"), (["--prompt", "a dog", "--run", "nowhere"], "nowhere"),
-    (["--prompt", "a dog", "--num_images", "0"], "--num_images"), (["--prompt", "a dog", "--steps", "3"], "--steps"), ([], "--prompt"),
-    (["--prompt", "a dog", "--run", "half"], "half")])
-def test_sample_refuses(argv, named, no_models, capsys):
-    Path("half").mkdir()
-    Path("half/config.json").write_text('{"format": "echodis')
-    code, said = exit_of(sample.main, argv, capsys)
-    assert code == 2 and named in said
+@pytest.mark.parametrize("make, script, argv, named", BAD, ids=[f"{i}-{s.__name__}-{' '.join(map(str, a))[:50]}" for i, (_, s, a, _) in enumerate(BAD)])
+def test_bad_input_is_refused_in_one_sentence(make, script, argv, named, concept, no_models, capsys):
+    if make:
+        make()
+    before = {p: None if p.is_dir() and not p.is_symlink() else os.lstat(p).st_mtime_ns for p in Path(".").rglob("*")}
+    code, said = exit_of(script.main, argv, capsys)
+    assert code == 2 and named in said and said.count("error: ") == 1 and "Traceback" not in said
+    assert before == {p: None if p.is_dir() and not p.is_symlink() else os.lstat(p).st_mtime_ns for p in Path(".").rglob("*")}, "something was left behind"
+
+
+@pytest.mark.parametrize("prompt, said", [("a dog", "does not hold <v>"), ("a <v> dog " + "and another one " * 20, "tokens and the model reads 24"),
+                                          ("\u72ac <v> \u0441\u043e\u0431\u0430\u043a\u0430", None)])
+def test_odd_prompts_are_drawn_and_said_to_be_odd(prompt, said, monkeypatch, capsys):
+    run_folder()()
+    monkeypatch.setattr(sample, "load_run", lambda *a: None)
+    sample.main(["--prompt", prompt, "--run", "run", "--num_images", "1"])
+    out = capsys.readouterr().out
+    assert said in out if said else "note" not in out
+    assert len(list(Path("run/samples").glob("*-seed0.png"))) == 1
+
+
+@pytest.mark.parametrize("part, spoilt", [("run", {"nonesuch": torch.zeros(1)}), ("run/teacher", {"conv_in.bias": torch.zeros(7)}),
+                                          ("run", {"conv_in.bias": torch.full((96,), torch.nan)})], ids=["name", "shape", "nan"])
+def test_weights_that_do_not_fit_the_base_are_refused(part, spoilt, capsys):
+    run_folder(lambda: save_file(spoilt, Path(part, "unet_delta.safetensors")))()
+    code, said = exit_of(sample.main, ["--prompt", "a <v> dog", "--run", "run"], capsys)
+    assert code == 2 and part in said and next(iter(spoilt)) in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.parametrize("limit", [1000, 100_000, 3_000_000])
+def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_no_half_file(concept, limit, capsys):
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file may grow beyond it: writing fails as on a full disk
+    try:
+        code, said = exit_of(train.main, D + ["--max_train_steps", "2", "--echo_steps", "0", "--checkpointing_steps", "1", "--train_unet", "kv"], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "cannot be written" in said and "out/dog" in said and not Path("out/dog/config.json").exists()
+    assert not [p for p in Path("out").rglob("*") if p.name.endswith(".part")]
+
+
+def test_no_space_left_is_said_for_every_kind_of_file(monkeypatch, capsys):
+    from data.images import save_png, write_atomically
+
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    for name, save in (("a.png", lambda: save_png(picture(), "a.png")), ("a.json", lambda: save_json("a.json", {})),
+                       ("a.safetensors", lambda: save_tensors("a.safetensors", {"x": torch.zeros(1)}))):
+        Path(name).write_text("as it was")
+        with pytest.raises(SystemExit) as stop:
+            save()
+        assert stop.value.code == 2 and f"{name} cannot be written (No space left on device)" in capsys.readouterr().err
+        assert Path(name).read_text() == "as it was" and not list(Path(".").glob(".*.part"))
+    with pytest.raises(SystemExit):
+        write_atomically("a.json/b.json", lambda p: p.write_text(""))
+    assert "a.json/b.json cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("P", "gif"), ("1", "png"), ("CMYK", "jpg"), ("I;16", "png"), ("LA", "png")])
