@@ -1,0 +1,168 @@
+"""What must hold for every file and every flag, not for chosen ones. python -m pytest tests/test_properties.py"""
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+import train
+from data.images import load_photos, write_atomically
+from model import low_rank, read_checkpoint, restore, save_checkpoint, slug
+from sample import read_run
+from test_input import FLAGS, run_folder
+
+settings.register_profile("files", deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("files")
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+
+
+def or_refused(call, *args):
+    """The call's result, or None if it stopped with exit code 2; any other exception is a failure."""
+    try:
+        return call(*args)
+    except SystemExit as stop:
+        assert stop.code == 2
+
+
+@pytest.fixture(scope="module", params=["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def picture(request):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(file, request.param)
+    return request.param.lower(), file.getvalue()
+
+
+@given(damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6), length=st.floats(0, 1))
+def test_a_damaged_photo_is_read_or_refused(picture, damage, length):
+    kind, content = picture
+    content = bytearray(content)
+    for where, value in damage:
+        content[int(where * len(content))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"a.{kind}").write_bytes(content[:int(length * len(content)) + 1])
+        x = or_refused(load_photos, folder, 8)
+    assert x is None or x.shape == (1, 3, 8, 8) and x.isfinite().all() and x.abs().max() <= 1
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90), mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"]),
+       colour=st.integers(0, 255), size=st.integers(1, 40))
+def test_a_photo_of_any_size_and_mode_becomes_a_square_in_range(width, height, mode, colour, size):
+    image = Image.new("L", (width, height), colour).convert(mode) if mode != "I;16" else Image.new(mode, (width, height), colour * 257)
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(Path(folder, "a.tiff"))
+        x = load_photos(folder, size)
+    assert x.shape == (1, 3, size, size) and x.abs().max() <= 1
+    if mode in ("L", "RGB", "I;16"):  # the others store a colour differently
+        assert (x - (colour / 127.5 - 1)).abs().max() <= 1 / 127.5 + 1e-6
+
+
+def test_a_run_of_any_config_is_read_with_sound_flags_or_refused(tmp_path):
+    run_folder()()
+
+    @given(JSON)
+    def any_json(value):
+        Path("run/config.json").write_text(json.dumps(value))
+        or_refused(read_run, "run")
+
+    @given(st.binary(max_size=60))
+    def any_bytes(value):
+        Path("run/config.json").write_bytes(value)
+        assert or_refused(read_run, "run") is None
+
+    @given(st.dictionaries(st.sampled_from([*FLAGS, "seed"]), JSON, max_size=2), st.sampled_from([*FLAGS, None]))
+    def changed_flags(values, missing):
+        flags = {k: v for k, v in (FLAGS | values).items() if k != missing}
+        Path("run/config.json").write_text(json.dumps({"format": "echodistill-1", "flags": flags}))
+        found = or_refused(read_run, "run")
+        if found is not None:
+            assert missing is None and found[1]["base"] == "emoji" and found[1]["token"] == "<v>"
+            assert isinstance(found[1]["class_word"], str) and 0 <= found[1]["guidance_scale"] < float("inf")
+    any_json(), any_bytes(), changed_flags()
+
+
+NUMBERS = [a.dest for a in train.parser()._actions if a.type in (int, float)]
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
+def test_any_number_or_word_for_a_flag_is_taken_or_refused(concept):
+    @given(st.sampled_from(NUMBERS), st.integers() | st.floats())
+    def numbers(name, value):
+        args = or_refused(train.parse_arguments, ["--concept", "dog", f"--{name}={value}"])
+        assert args is None or value == value and abs(value) < float("inf") or name == "max_grad_norm"
+
+    @given(st.sampled_from(["token", "class_word", "output_dir", "device", "base", "concept"]), TEXT)
+    def words(name, value):
+        args = or_refused(train.parse_arguments, ["--concept", "dog", f"--{name}={value}"])
+        assert args is None or args.token.split() == [args.token] and args.class_word.strip()
+    numbers(), words()
+
+
+TENSORS = st.dictionaries(st.text("abc.", min_size=1, max_size=5), st.tuples(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 99)), max_size=4)
+
+
+@given(TENSORS, JSON)
+def test_every_checkpoint_comes_back_bit_for_bit_and_any_changed_byte_is_seen(described, meta):
+    tensors = {k: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(9).to(dtype) for k, (dtype, shape, seed) in described.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
+        save_checkpoint(path, {"part": tensors}, {}, {"meta": meta})
+        read, saved = read_checkpoint(path)
+        assert json.dumps(read) == json.dumps({"meta": meta}) and set(saved) == {f"part/{k}" for k in tensors}
+        for k, v in tensors.items():
+            assert saved[f"part/{k}"].dtype == v.dtype and torch.equal(saved[f"part/{k}"], v)
+        twins = {k: torch.zeros_like(v) for k, v in tensors.items()}
+        restore(saved, {"part": twins}, {})
+        assert all(torch.equal(twins[k], v) for k, v in tensors.items())
+        content = bytearray(path.read_bytes())
+        if any(v.numel() for v in tensors.values()):
+            content[-1] ^= 1
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match="changed"):
+                read_checkpoint(path)
+
+
+@given(st.binary(max_size=200) | st.just(save({"a": torch.zeros(2)})))
+def test_no_other_file_is_taken_for_a_checkpoint(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a.safetensors"):
+            read_checkpoint(path)
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([(), (1, 1), (3, 3)]), st.integers(1, 9), st.integers(0, 9))
+def test_a_truncated_lora_is_the_best_of_its_rank_and_the_full_one_is_exact(out, into, kernel, rank, seed):
+    delta = torch.randn(out, into, *kernel, generator=torch.Generator().manual_seed(seed))
+    up, down = low_rank(delta, rank)
+    s = torch.linalg.svdvals(delta.flatten(1).double())
+    missed = (delta.flatten(1) - up.flatten(1) @ down.flatten(1)).norm()
+    assert len(down) <= max(out, into) and abs(missed - s[rank:].square().sum().sqrt()) < 1e-4
+
+
+@given(TEXT)
+def test_every_prompt_gives_a_file_name_that_every_system_takes(prompt):
+    assert set(slug(prompt)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and 0 < len(slug(prompt)) <= 60
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50), st.booleans())
+def test_a_file_is_the_old_one_or_the_new_one_and_nothing_else_remains(old, new, breaks):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a")
+        path.write_bytes(old)
+
+        def write(part):
+            part.write_bytes(new)
+            if breaks:
+                raise KeyboardInterrupt
+        try:
+            write_atomically(path, write)
+        except KeyboardInterrupt:
+            pass
+        assert path.read_bytes() == (old if breaks else new) and [p.name for p in Path(folder).iterdir()] == ["a"]
