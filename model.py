@@ -241,15 +241,15 @@ def load_pair(base, token, class_word, device="cpu"):
     folder = Path(BASES.get(base, base))
     teacher, student = folder / "teacher", folder / "student"
     autoencoder = json.loads((teacher / "vae" / "config.json").read_text())["_class_name"]
-    vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[autoencoder].from_pretrained(teacher / "vae", low_cpu_mem_usage=False)
-    denoisers = [Denoiser(UNet2DConditionModel.from_pretrained(f / "unet", low_cpu_mem_usage=False).float(), s.from_pretrained(f / "scheduler"))
+    vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[autoencoder].from_pretrained(teacher / "vae", low_cpu_mem_usage=False, use_safetensors=True)
+    denoisers = [Denoiser(UNet2DConditionModel.from_pretrained(f / "unet", low_cpu_mem_usage=False, use_safetensors=True).float(), s.from_pretrained(f / "scheduler"))
                  for f, s in ((teacher, DDIMScheduler), (student, EulerDiscreteScheduler))]
     if torch.device(device).type == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
         for d in denoisers:
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
     text = ConceptText(load_tokenizer(base),
-                       CLIPTextModel.from_pretrained(teacher / "text_encoder").float(), token, class_word)
+                       CLIPTextModel.from_pretrained(teacher / "text_encoder", use_safetensors=True).float(), token, class_word)
     pair = Pair(text, vae.float(), *denoisers, text)
     for module in (pair.text, pair.vae, pair.teacher, pair.student):
         module.to(device).eval()
@@ -269,11 +269,11 @@ class Encoder(nn.Module):
         super().__init__()
         from transformers import AutoModel, CLIPTextModel
         folder = Path(folder)
-        self.vision = AutoModel.from_pretrained(folder).float()
+        self.vision = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).float()
         heads = load_file(folder / "heads.safetensors")
         self.register_buffer("to_image", heads["image"].float())
         if "text" in heads:
-            self.text = CLIPTextModel.from_pretrained(folder / "text").float()
+            self.text = CLIPTextModel.from_pretrained(folder / "text", use_safetensors=True).float()
             self.register_buffer("to_text", heads["text"].float())
         self.eval().requires_grad_(False)
 
