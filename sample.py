@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.images import fail, grid, load_prompts, make_folder, save_png, to_pil
-from model import BASES, RUN, check_run, draw, load_pair, load_run, load_tokenizer, pick_device, save_run, slug
+from model import BASES, RUN, check_run, compile_networks, draw, find_base, load_pair, load_run, load_tokenizer, pick_device, save_run, slug
 
 
 def parse_arguments(argv=None):
@@ -32,6 +32,8 @@ def parse_arguments(argv=None):
     p.add_argument("--guidance_scale", type=float, help="of the teacher; default: as in training")
     p.add_argument("--base", help="folder of the base, for a run that was trained on one")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p.add_argument("--tiny_vae", action=argparse.BooleanOptionalAction, default=False, help="decode with the base's tiny autoencoder: faster, a little softer")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile both networks: pays from some hundred images on")
     p.add_argument("--output_dir", help="default: RUN/samples")
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.export is None):
@@ -82,6 +84,9 @@ def read_run(folder=None, root="out", base=None):
         fail(f"{config}: {(odd or ['token or guidance_scale'])[0]} has a value that train.py never writes; train again, or name another run with --run")
     if base is None and flags["base"] not in BASES:
         fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
+    own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
+    if base is None and own:
+        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
     if base is not None and base not in BASES and not Path(base, "teacher").is_dir():
         fail(f"--base {base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     check_run(folder, flags["token"])
@@ -95,29 +100,31 @@ def main(argv=None):
     device, why = pick_device(args.device)
     if args.export:
         make_folder(args.export, "--export")
-        pair = load_pair(flags["base"], token, flags["class_word"], device)
+        pair = load_pair(flags["base"], token, flags["class_word"], device, flags, torch.float32)
         before = load_run(args.run, pair)
-        named = [p.replace("{}", f"{token} {flags['class_word']}") for p in load_prompts("emoji")["preview"][:4]]
+        named = [p.replace("{}", f"{token} {flags['class_word']}") for p in load_prompts(find_base(flags["base"]).prompts)["preview"][:4]]
         save_run(args.export, pair, before, flags, named, args.rank)
         return print(f"exported {args.run} to {args.export}; its README.md shows how to load it")
     if args.base_only:
         prompt = " ".join(prompt.replace(token, " ").split())
     elif token not in prompt:
         print(f"note: the prompt does not hold {token}, so the subject of {args.run} need not appear")
-    tokenizer = load_tokenizer(flags["base"])
+    tokenizer = load_tokenizer(find_base(flags["base"], flags).teacher)
     tokenizer.add_tokens(token)
     length, longest = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
     if length > longest:
         print(f"note: the prompt takes {length} tokens and the model reads {longest}; what comes later is cut off")
     out = make_folder(args.output_dir or args.run / "samples", "--output_dir")
-    pair = load_pair(flags["base"], token, flags["class_word"], device)
+    pair = load_pair(flags["base"], token, flags["class_word"], device, flags | {"tiny_vae": args.tiny_vae})
     if not args.base_only:
         load_run(args.run, pair)
+    if args.compile:
+        compile_networks(pair.teacher.unet if args.teacher else pair.student.unet, (pair.tiny_vae or pair.vae).decoder)
     print(f"run {args.run}, device {device} ({why}), {'teacher' if args.teacher else 'student'}, {args.steps} step(s)")
 
     start, seeds = time.perf_counter(), range(args.seed, args.seed + args.num_images)
     guidance = flags["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-    images = draw(pair, prompt, seeds, args.teacher, args.steps, guidance)
+    images = draw(pair, prompt, seeds, args.teacher, args.steps, guidance, args.tiny_vae)
     seconds = time.perf_counter() - start
 
     words = slug(prompt) + ("-teacher" if args.teacher else "") + ("-base" if args.base_only else "")

@@ -22,8 +22,9 @@ from tqdm import tqdm
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
 from kernels.dispatch import resolve
-from model import (BASES, RECIPES, Critic, checkpoints, load_encoders, load_pair, load_tokenizer, merge_low_rank, pick_device,
-                   prediction_type, read_checkpoint, restore, save_checkpoint, save_json, save_run, trainable_parameters)
+from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints, compile_networks, find_base, load_encoders, load_pair,
+                   load_tokenizer, merge_low_rank, pick_device, read_checkpoint, read_config, restore, save_checkpoint, save_json,
+                   save_memory, save_run, trainable_parameters)
 
 MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
 # which flags to lower when a loss or gradient is not finite
@@ -44,13 +45,23 @@ def parser():
     g.add_argument("--output_dir", help="default: out/FOLDER NAME")
 
     g = p.add_argument_group("models")
-    g.add_argument("--base", default="emoji", help=f"one of {', '.join(BASES)}, or a folder laid out like data/emoji/base")
+    g.add_argument("--base", help=f"one of {', '.join(BASES)}, or a folder laid out like data/emoji/base; default: emoji, with --teacher or --student sd-turbo")
+    g.add_argument("--teacher", help="folder or hub repository in place of the base's teacher")
+    g.add_argument("--student", help="folder or hub repository in place of the base's student")
+    g.add_argument("--paper_exact", action=yes_no, default=False, help="the released settings, and images unnormalised before encoders and SWD")
+    g.add_argument("--resolution", type=int, help="pixels along one side; default: the student's own")
     g.add_argument("--train_unet", choices=["kv", "attention", "all", "lora"], help="which UNet weights move (paper: kv)")
     g.add_argument("--lora_rank", type=int, default=8, help="of --train_unet lora, in every attention layer")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="bf16",
-                   help="autocast of the forward passes; fp16 only with an epsilon teacher")
+    g.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"],
+                   help="autocast of the forward passes, default bf16 (paper: no); fp16 only with an epsilon teacher")
     g.add_argument("--kernels", choices=["auto", "triton", "torch"], default="auto", help="of the alignment losses; auto: Triton on CUDA")
+
+    g = p.add_argument_group("cost (off: as the paper)")
+    g.add_argument("--tiny_vae", action=yes_no, default=False, help="decode for the image losses with the base's tiny autoencoder")
+    g.add_argument("--dinov2_size", type=int, default=518, help="pixels that DINOv2 sees, a multiple of 14; 224 costs a sixth")
+    g.add_argument("--gradient_checkpointing", action=yes_no, default=False, help="less memory, about a third more time")
+    g.add_argument("--compile", action=yes_no, default=False, help="torch.compile and channels-last for both UNets and the decoder")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--max_train_steps", type=int, help="iterations of the joint stage")
@@ -72,7 +83,7 @@ def parser():
     g.add_argument("--latent_weight", type=float, help="latent MSE, student against teacher")
     g.add_argument("--swd_weight", type=float, help="multi-scale sliced Wasserstein distance of the decoded images")
     g.add_argument("--swd_projections", type=int, help="random filters per call (paper: 128)")
-    g.add_argument("--swd_positions", type=int, default=16384, help="patches per level at most, about; a 64-px image has 2916; 0: all (paper)")
+    g.add_argument("--swd_positions", type=int, help="patches per level at most, about, default 16384; a 64-px image has 2916; 0: all (paper)")
     g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
     g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
     g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
@@ -86,6 +97,7 @@ def parser():
 
     g = p.add_argument_group("data")
     g.add_argument("--scene_prompts", type=float, help="share of the student's prompts that are scenes (paper: 0)")
+    g.add_argument("--crop", choices=["centre", "pad"], default="centre", help="the centre square, or the whole photo on masked grey")
     g.add_argument("--flip", action=yes_no, default=None, help="mirror photos at random (paper: yes)")
     g.add_argument("--size_augmentation", action=yes_no, default=None, help="shrink or zoom photos, and say so in the prompt")
 
@@ -111,9 +123,11 @@ def parser():
 def parse_arguments(argv=None):
     """Flags with the base's recipe filled in; everything that the input alone tells is refused here."""
     args = parser().parse_args(argv)
+    args.base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
     if args.base not in BASES and not os.path.isdir(Path(args.base, "teacher")):
         fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
-    for name, value in RECIPES.get(args.base, RECIPES["emoji"]).items():
+    recipe = RECIPES["paper" if args.paper_exact else find_base(args.base).recipe]
+    for name, value in ({"mixed_precision": "bf16", "swd_positions": 16384} | recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for path in photo_paths(args.concept):
@@ -127,8 +141,6 @@ def parse_arguments(argv=None):
         resolve(args.kernels, pick_device(args.device)[0])
     except ValueError as e:
         fail(f"--kernels {args.kernels}: {e}")
-    if args.mixed_precision == "fp16" and prediction_type(args.base) == "v_prediction":
-        fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
     for name in ("max_train_steps", "train_batch_size", "echo_samples", "swd_projections", "log_steps", "checkpointing_steps",
                  "lora_rank"):
         if getattr(args, name) < 1:
@@ -155,7 +167,19 @@ def parse_arguments(argv=None):
         fail(f"--seed must be from 0 to {2 ** 32 - 1}, not {args.seed}")
     if not args.token.strip() or any(c.isspace() for c in args.token):
         fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
-    tokenizer = load_tokenizer(args.base)
+    if args.dinov2_size < 14 or args.dinov2_size % 14:
+        fail(f"--dinov2_size must be a multiple of 14, such as 224 or 518, not {args.dinov2_size}")
+    base = find_base(args.base, vars(args))
+    check_pair(base)
+    if args.tiny_vae and not base.tiny_vae:
+        fail(f"--tiny_vae: the base {args.base} names no tiny autoencoder; leave the flag out")
+    if args.mixed_precision == "fp16" and read_config(base.teacher, "scheduler", "scheduler_config.json").get("prediction_type") == "v_prediction":
+        fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
+    if args.resolution is not None:
+        step = 2 ** sum(len(read_config(source, part)["block_out_channels"]) - 1 for source, part in ((base.teacher, "vae"), (base.student, "unet")))
+        if args.resolution < step or args.resolution % step:
+            fail(f"--resolution must be a multiple of {step} for this pair, not {args.resolution}")
+    tokenizer = load_tokenizer(base.teacher)
     if len(tokenizer.tokenize(args.token)) == 1:
         fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
     if args.token in args.class_word:
@@ -188,31 +212,33 @@ class Photos:
 
     SIZES = {"small": (.4, .6), "big": (1.2, 1.4)}  # factor of the photo's size, and the word the prompt then says
 
-    def __init__(self, photos, args):
-        self.photos, self.args = photos, args
+    def __init__(self, photos, masks, args):
+        both = args.flip
+        self.photos, self.masks = (torch.cat([x, x.flip(3)]) if both else x for x in (photos, masks))  # (N or 2 N, ...)
+        self.count, self.args = len(photos), args
 
     def batch(self, n, g):
-        """n augmented photos (n, 3, S, S), their masks (n, 1, S, S), and a size word or "" each; g a CPU generator."""
-        x = self.photos[torch.randint(len(self.photos), (n,), generator=g)]
+        """n augmented photos (n, 3, S, S), their masks (n, 1, S, S), a size word or "" each, and their numbers; g a CPU generator."""
+        which = torch.randint(self.count, (n,), generator=g)
         if self.args.flip:
-            x = torch.where((torch.rand(n, generator=g) < .5).view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
-        mask, said = torch.ones_like(x[:, :1]), [""] * n
+            which = which + self.count * (torch.rand(n, generator=g) < .5)
+        x, mask, said = self.photos[which], self.masks[which], [""] * n
         if self.args.size_augmentation:
-            size, x = x.shape[-1], x.clone()
+            size, x, mask = x.shape[-1], x.clone(), mask.clone()
             for i, (kind, u, left, top) in enumerate(zip(torch.randint(3, (n,), generator=g).tolist(),
                                                          *torch.rand(3, n, generator=g).tolist())):
                 if kind == 0:
                     continue
                 said[i], (low, high) = list(self.SIZES.items())[kind - 1]
                 new = round(size * (low + (high - low) * u))
-                photo = F.interpolate(x[i:i + 1], size=(new, new), mode="bilinear", antialias=True)[0]
+                photo, part = (F.interpolate(v[i:i + 1], size=(new, new), mode="bilinear", antialias=True)[0] for v in (x, mask))
                 a, b = (round(abs(size - new) * v) for v in (left, top))
                 if new > size:
-                    x[i] = photo[:, b:b + size, a:a + size]
+                    x[i], mask[i] = (v[:, b:b + size, a:a + size] for v in (photo, part))
                 else:
                     x[i], mask[i] = 0, 0  # grey around the shrunk photo, and no loss there
-                    x[i, :, b:b + new, a:a + new], mask[i, :, b:b + new, a:a + new] = photo, 1
-        return x, mask, said
+                    x[i, :, b:b + new, a:a + new], mask[i, :, b:b + new, a:a + new] = photo, part
+        return x, mask, said, which
 
 
 def main(argv=None):
@@ -225,12 +251,17 @@ def main(argv=None):
     name = f"{args.token} {args.class_word}"
 
     # -- models -------------------------------------------------------------------------------------------------
-    pair = load_pair(args.base, args.token, args.class_word, device)
-    encoders = load_encoders(args.base, device)
-    prompts = load_prompts("emoji")
-    photos = load_photos(args.concept, pair.resolution).to(device)
+    check_memory(args.base, device, vars(args))
+    pair = load_pair(args.base, args.token, args.class_word, device, vars(args))
+    encoders = load_encoders(args.base, device, vars(args))
+    prompts = load_prompts(find_base(args.base).prompts)
+    photos, masks = (x.to(device) for x in load_photos(args.concept, pair.resolution, args.crop, masks=True))
+    if args.gradient_checkpointing:
+        save_memory(pair, encoders)
+    if args.compile:
+        compile_networks(pair.teacher.unet, pair.student.unet, (pair.tiny_vae or pair.vae).decoder)
     torch.manual_seed(args.seed)
-    heads = {k: Critic(e.width).to(device) for k, e in encoders.items()}
+    heads = {k: Critic(e.width).to(device) for k, e in encoders.items() if e.has_critic}
     moved = {k: trainable_parameters(d.unet, args.train_unet, args.lora_rank) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
     for role, lr in (("teacher", args.teacher_lr), ("student", args.student_lr)):
         for p in moved[role].values():
@@ -322,7 +353,7 @@ def main(argv=None):
         empty = pair.text([""])
     asked_from = prompts["templates"] + (prompts["sized"] if args.size_augmentation else [])  # sizes that photos show
     n, shape = args.train_batch_size, pair.latent_shape
-    dataset = Photos(photos, args)
+    dataset = Photos(photos, masks, args)
     preview_prompts = [fill(p) for p in prompts["preview"]]
     preview_noise = torch.randn(len(preview_prompts), *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
 
@@ -333,6 +364,21 @@ def main(argv=None):
                 ("teacher", pair.decode(pair.teacher.sample(preview_noise, context, 16, empty, args.guidance_scale))),
                 ("student", pair.decode(pair.student.sample(preview_noise, pair.student_text(preview_prompts), 1)))]
         save_png(grid(rows), path)
+
+    @torch.no_grad()
+    def study(images):
+        """What the frozen networks say of images to be learned from: latents "z", and features for each critic."""
+        seen = []
+        for x in images.split(8):
+            with autocast():
+                z = pair.encode(x)
+                x = x if pair.tiny_vae is None else pair.decode(z, tiny=True)  # or critics could tell photos by their decoder
+                seen.append({"z": z} | {k: encoders[k].features(x) for k in heads})
+        return {k: torch.cat([row[k] for row in seen]) for k in seen[0]}
+
+    def study_all():
+        """The same of every image there is, once; None where size augmentation makes new ones for ever."""
+        return None if args.size_augmentation else study(torch.cat([dataset.photos] + ([echo["images"]] if echo else [])))
 
     @torch.no_grad()
     def gather_echo():
@@ -346,8 +392,8 @@ def main(argv=None):
             part = subjects[i:i + 32]
             noise = torch.randn(len(part), *shape, generator=g).to(device)
             x = pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1)
-            for k, e in encoders.items():
-                embeddings[k].append(e.embed(e.features(x)))
+            for k, rows in embeddings.items():
+                rows.append(encoders[k].embed(encoders[k].features(x)))
             plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
             fidelity.append((embeddings["clip"][-1] * plain).sum(1))
             images.append(x)
@@ -373,6 +419,7 @@ def main(argv=None):
 
     watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
     pull, right = ({k: [] for k in heads} for _ in range(2))
+    known = study_all()
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
@@ -383,9 +430,10 @@ def main(argv=None):
             o.zero_grad()
         if step >= args.max_train_steps and echo is None and not args.echo_real_only:
             echo = gather_echo()
+            known = study_all()
 
         # real images with template prompts; in the echo stage, a share of them are echoed samples with their own
-        x, mask, said = dataset.batch(n, g)
+        x, mask, said, which = dataset.batch(n, g)
         captions = [fill(t, w) for t, w in zip(choose(prompts["templates"], n, g), said)]
         t = torch.randint(pair.teacher.last + 1, (n,), generator=g)
         if echo is not None:
@@ -395,13 +443,14 @@ def main(argv=None):
             for i in range(n):
                 if echoed[i]:
                     x[i], mask[i], captions[i] = echo["images"][pick[i]], 1, echo["prompts"][pick[i]]
+                    which[i] = len(dataset.photos) + pick[i]
                     t[i] = pair.teacher.last - ((pair.teacher.last - t[i]) * (1 - args.echo_noise)).long()  # layout, not detail
         t, eps = t.to(device), torch.randn(n, *shape, generator=g).to(device)
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
         terms, norms = {}, {}
-        with torch.no_grad(), autocast():
-            z = pair.encode(x)
+        real = study(x) if known is None else {k: v[which] for k, v in known.items()}
+        z = real["z"]
         mask_z = F.interpolate(mask, size=shape[1:], mode="area")
         if teaches and not (args.sequential and step >= args.max_train_steps):
             with autocast():
@@ -425,8 +474,8 @@ def main(argv=None):
             own_context = pair.student_text(asked) if not args.detach_prompt or not args.share_text else context
             with autocast():
                 z_s = pair.student.one_step(eps, own_context)
-                x_s = pair.decode(z_s)
-                features_s = {k: e.features(x_s) for k, e in encoders.items()}
+                x_s = pair.decode(z_s, tiny=True)
+                features_s = {k: encoders[k].features(x_s) for k in heads}
 
             # ---- 3. alignment target: the current teacher denoises the re-noised sample
             t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
@@ -435,20 +484,21 @@ def main(argv=None):
             if aligns:
                 with torch.no_grad(), autocast():
                     z_teacher = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
-                    x_teacher = pair.decode(z_teacher)
+                    x_teacher = pair.decode(z_teacher, tiny=True)
                     features_teacher = encoders["identity"].features(x_teacher)
 
             # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
             realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
             if args.identity_weight:
-                tokens = [encoders["identity"].embed(f)[:, None] for f in (features_s["identity"], features_teacher)]  # (B, 1, d)
+                tokens = [encoders["identity"].tokens(f) for f in (features_s["identity"], features_teacher)]  # (B, T, d)
                 aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
             if args.latent_weight:
                 aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
             if args.swd_weight:
                 filters = losses.random_projections(args.swd_projections, g).to(device)
+                images = (2 * x - 1 if args.paper_exact else x for x in (x_s, x_teacher))  # the release took [-1, 1] for [0, 1]
                 aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(
-                    x_s, x_teacher, filters, positions=args.swd_positions, generator=g, impl=impl)
+                    *images, filters, positions=args.swd_positions, generator=g, impl=impl)
             terms["alignment"] = (c * aligned).mean()
             if competes:
                 terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
@@ -463,10 +513,8 @@ def main(argv=None):
 
         # ---- 5. critics: photos (and echoes) against the same student features
         if "adversarial" in terms:
-            with torch.no_grad(), autocast():
-                features_real = {k: e.features(x) for k, e in encoders.items()}
             judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-            logits = {k: (h(features_real[k]), h(features_s[k].detach())) for k, h in heads.items()}
+            logits = {k: (h(real[k]), h(features_s[k].detach())) for k, h in heads.items()}
             terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
             for k, v in logits.items():
                 right[k].append(losses.critic_accuracy(*v, judged))

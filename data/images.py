@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PROMPTS = Path(__file__).parent / "prompts.json"
 
 
@@ -63,14 +63,21 @@ def photo_paths(folder):
     folder = Path(folder)
     if not os.path.isdir(folder):
         fail(f"--concept {folder} is not a folder; give one that holds 3-6 photos of your subject")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    apple = [p for p in files if p.suffix.lower() in (".heic", ".heif")]
+    if apple:
+        fail(f"{apple[0]} is a HEIC photo, which Pillow cannot read; export it as JPEG (on a phone: \"most compatible\"), or take it out")
+    paths = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not paths:
         fail(f"--concept {folder} holds no image ({', '.join(sorted(SUFFIXES))}); put 3-6 photos of your subject there")
     return paths
 
 
-def load_photo(path, size):
-    """One photo as (3, size, size): turned upright by EXIF, transparency on grey, centre square, antialiased."""
+def load_photo(path, size, crop="centre"):
+    """One photo (3, size, size) and its mask (1, size, size): turned upright by EXIF, transparency on grey, antialiased.
+
+    crop: "centre" takes the centre square; "pad" shrinks the whole photo onto grey, which the mask leaves out.
+    """
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -79,17 +86,29 @@ def load_photo(path, size):
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
+            image, (left, top, right, bottom) = image.convert("RGB"), (0, 0, size, size)
+            if crop == "centre":
+                image = ImageOps.fit(image, (size, size), Image.LANCZOS)
+            else:
+                image = ImageOps.contain(image, (size, size), Image.LANCZOS)
+                left, top = (size - image.width) // 2, (size - image.height) // 2
+                right, bottom = left + image.width, top + image.height
+                sheet = Image.new("RGB", (size, size), (128, 128, 128))
+                sheet.paste(image, (left, top))
+                image = sheet
     except Image.DecompressionBombError:
         fail(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; shrink or remove it")
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         fail(f"{path} cannot be read as an image ({type(error).__name__}); replace or remove it")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    mask = torch.zeros(1, size, size)
+    mask[:, top:bottom, left:right] = 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, mask
 
 
-def load_photos(folder, size):
-    """All photos of a concept folder, (N, 3, size, size)."""
-    return torch.stack([load_photo(p, size) for p in photo_paths(folder)])
+def load_photos(folder, size, crop="centre", masks=False):
+    """All photos of a concept folder, (N, 3, size, size); with masks=True also (N, 1, size, size)."""
+    photos, kept = (torch.stack(x) for x in zip(*[load_photo(p, size, crop) for p in photo_paths(folder)]))
+    return (photos, kept) if masks else photos
 
 
 def load_prompts(base):

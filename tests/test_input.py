@@ -248,8 +248,8 @@ def test_every_flag_of_train_has_a_sentence_and_is_read():
 
 def test_size_augmentation_never_has_an_empty_mask_and_says_what_it_did():
     args = train.argparse.Namespace(flip=True, size_augmentation=True)
-    photos = train.Photos(torch.ones(2, 3, 64, 64), args)
-    x, mask, said = photos.batch(64, torch.Generator().manual_seed(0))
+    photos = train.Photos(torch.ones(2, 3, 64, 64), torch.ones(2, 1, 64, 64), args)
+    x, mask, said, _ = photos.batch(64, torch.Generator().manual_seed(0))
     assert set(said) == {"", "small", "big"} and (mask.sum((1, 2, 3)) > 100).all()
     for image, m, word in zip(x, mask, said):
         assert (m.min() == 0) == (word == "small") and (image * (1 - m) == 0).all() and torch.allclose(image * m, m.expand_as(image), atol=1e-5)
