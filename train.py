@@ -229,12 +229,18 @@ class Photos:
                                                          *torch.rand(3, n, generator=g).tolist())):
                 if kind == 0:
                     continue
-                said[i], (low, high) = list(self.SIZES.items())[kind - 1]
+                word, (low, high) = list(self.SIZES.items())[kind - 1]
                 new = round(size * (low + (high - low) * u))
-                photo, part = (F.interpolate(v[i:i + 1], size=(new, new), mode="bilinear", antialias=True)[0] for v in (x, mask))
+                photo = F.interpolate(x[i:i + 1], size=(new, new), mode="bilinear", antialias=True)[0]
+                part = F.interpolate(mask[i:i + 1], size=(new, new))[0]
                 a, b = (round(abs(size - new) * v) for v in (left, top))
                 if new > size:
-                    x[i], mask[i] = (v[:, b:b + size, a:a + size] for v in (photo, part))
+                    photo, part = (v[:, b:b + size, a:a + size] for v in (photo, part))
+                if not part.any():
+                    continue  # nothing of a padded panorama would be seen: leave it as it is
+                said[i] = word
+                if new > size:
+                    x[i], mask[i] = photo, part
                 else:
                     x[i], mask[i] = 0, 0  # grey around the shrunk photo, and no loss there
                     x[i, :, b:b + new, a:a + new], mask[i, :, b:b + new, a:a + new] = photo, part

@@ -246,10 +246,18 @@ def test_every_flag_of_train_has_a_sentence_and_is_read():
         assert action.dest == "help" or f"args.{action.dest}" in source, f"--{action.dest} is never read"
 
 
-def test_size_augmentation_never_has_an_empty_mask_and_says_what_it_did():
+@pytest.mark.parametrize("size, border", [(64, 0), (512, 0), (64, 31), (16, 7)])
+def test_size_augmentation_never_has_an_empty_mask_and_says_what_it_did(size, border):
+    """border: of grey that --crop pad left at top and bottom; 31 of 64 is a panorama of 1 to 32."""
     args = train.argparse.Namespace(flip=True, size_augmentation=True)
-    photos = train.Photos(torch.ones(2, 3, 64, 64), torch.ones(2, 1, 64, 64), args)
+    kept = torch.zeros(2, 1, size, size)
+    kept[:, :, border:size - border] = 1
+    photos = train.Photos(kept.expand(-1, 3, -1, -1), kept, args)
     x, mask, said, _ = photos.batch(64, torch.Generator().manual_seed(0))
-    assert set(said) == {"", "small", "big"} and (mask.sum((1, 2, 3)) > 100).all()
+    latent = torch.nn.functional.interpolate(mask, size=size // 8, mode="area")
+    assert set(said) == {"", "small", "big"}
+    assert (latent.sum((1, 2, 3)) > 0).all() and set(mask.unique().tolist()) == {0., 1.}
+    if border:
+        return
     for image, m, word in zip(x, mask, said):
         assert (m.min() == 0) == (word == "small") and (image * (1 - m) == 0).all() and torch.allclose(image * m, m.expand_as(image), atol=1e-5)
