@@ -63,6 +63,15 @@ def test_a_signal_leaves_a_checkpoint_and_its_printed_command_completes_the_same
     assert files() == whole
 
 
+def test_a_run_of_low_rank_factors_and_two_tokens_goes_on_exactly_too(concept, monkeypatch):
+    variant = (*SHORT, "--train_unet", "lora", "--no-share_text", "--denoising_weight", .1, "--size_augmentation")
+    whole = files(train(*variant))
+    interrupt_at(3, monkeypatch)
+    assert stopped(*variant) == 130
+    train(*variant, "--resume_from_checkpoint", "latest")
+    assert files() == whole
+
+
 def test_a_second_signal_stops_at_once_without_a_checkpoint(concept, monkeypatch):
     interrupt_at(1, monkeypatch, times=2)
     assert stopped(*SHORT) == 130 and not checkpoints("out/dog")
