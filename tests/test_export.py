@@ -117,6 +117,9 @@ def test_the_embedded_pair_after_real_training_draws_the_same_in_diffusers(conce
         for part in ("", "teacher"):
             picture, base = run_card(run / part)
             assert levels(picture, run / part / "samples" / "a-v-dog-seed0.png") <= 1 < levels(base, picture), (which, part)
+        if which == "kv":
+            picture, base = run_card(ROOT)  # the README's own example
+            assert levels(picture, run / "samples/a-v-dog-on-the-beach-seed0.png") <= 1 < levels(base, picture)
 
 
 def test_export_writes_the_same_run_again_and_truncates_the_lora_on_request(tiny, capsys):
