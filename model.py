@@ -280,7 +280,10 @@ def fetch_file(spec):
 
 def read_config(source, part, name="config.json", needed=True):
     path = fetch(source, f"{part}/{name}" if part else name, needed)
-    return json.loads(path.read_text(encoding="utf-8")) if path else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
+    except ValueError as error:
+        fail(f"{path} is damaged ({error}); fetch it again or give another folder")
 
 
 def load_part(kind, source, part, random=None, **config):
@@ -302,7 +305,10 @@ def load_part(kind, source, part, random=None, **config):
             break
     else:
         fail(f"{source} holds no {file}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
-    return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
+    try:
+        return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        fail(f"{folder} does not hold a {kind.__name__} ({str(error).splitlines()[0]}); fetch it again or give another folder")
 
 
 def check_pair(base):
@@ -316,6 +322,16 @@ def check_pair(base):
     for part, source in (("teacher", base.teacher), ("student", base.student)):
         if not os.path.isdir(source) and str(source).partition("@")[0].count("/") != 1:
             fail(f"--{part} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
+    for part, source in (("teacher", base.teacher), ("student", base.student)):
+        kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            fail(f"--{part} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
+        for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
+            try:
+                with safe_open(file, "pt"):  # the header tells whether the file is whole
+                    pass
+            except (SafetensorError, OSError) as error:
+                fail(f"{file} is damaged ({error}); fetch it again or give another folder")
     text, vae = (read_config(base.teacher, part) for part in ("text_encoder", "vae"))
     unets = [read_config(source, "unet") for source in (base.teacher, base.student)]
     differ("text encoders", text, read_config(base.student, "text_encoder", needed=False),
@@ -338,7 +354,10 @@ def load_tokenizer(source):
     found = [f for f in files if f]
     if not found:
         fail(f"{source} holds no tokenizer/; give a folder or a hub repository in the diffusers layout")
-    return CLIPTokenizer.from_pretrained(found[0].parent)
+    try:
+        return CLIPTokenizer.from_pretrained(found[0].parent)
+    except Exception as error:  # the Rust tokenizer raises bare Exceptions
+        fail(f"{found[0].parent} is no CLIP tokenizer ({str(error).splitlines()[0]}); fetch it again or give another folder")
 
 
 def moves(name, which):

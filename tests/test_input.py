@@ -75,6 +75,15 @@ def loop(name):
     return lambda: (Path(name).unlink(missing_ok=True), os.symlink(Path(name).name, name))
 
 
+def base_folder(change):
+    """A copy (of links) of the embedded base at base/, spoilt by change()."""
+    return lambda: (shutil.copytree(ROOT / "data/emoji/base", "base", copy_function=os.symlink), change())
+
+
+def replace(name, content):
+    return lambda: (os.unlink(name), Path(name).write_bytes(content(Path(ROOT, "data/emoji", name).read_bytes())))
+
+
 D = ["--concept", "dog"]
 P = ["--concept", "photos"]
 BAD = [  # what is made first, the script, its flags, what the sentence must name
@@ -106,6 +115,18 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
     (None, train, D + ["--mixed_precision", "fp16"], "--mixed_precision fp16"), (None, train, D + ["--sequential"], "--echo_steps 0"),
     (None, train, D + ["--transplant", "--train_unet", "lora"], "--transplant"),
     (loop("dog/06.png"), train, D, "06.png"),
+    # bases with missing, cut, damaged or foreign parts
+    *[(base_folder(change), train, [*D, "--base", "base"], named) for change, named in (
+        (lambda: os.unlink("base/teacher/unet/config.json"), "unet/config.json"), (lambda: shutil.rmtree("base/student"), "base/student"),
+        (lambda: shutil.rmtree("base/teacher/tokenizer"), "tokenizer"), (lambda: shutil.rmtree("base/teacher/scheduler"), "scheduler_config.json"),
+        (replace("base/teacher/unet/diffusion_pytorch_model.safetensors", lambda b: b[:-9]), "base/teacher/unet/diffusion_pytorch_model.safetensors"),
+        (replace("base/student/unet/diffusion_pytorch_model.safetensors", lambda b: b[:4]), "base/student/unet/diffusion_pytorch_model.safetensors"),
+        (replace("base/teacher/vae/diffusion_pytorch_model.safetensors", lambda b: b""), "vae/diffusion_pytorch_model.safetensors"),
+        (replace("base/teacher/vae/config.json", lambda b: b[:50]), "vae/config.json"), (replace("base/student/unet/config.json", lambda b: b"{"), "unet/config.json"),
+        (replace("base/student/unet/config.json", lambda b: b.replace(b'"in_channels": 24', b'"in_channels": 4')), "in_channels"),
+        (replace("base/teacher/scheduler/scheduler_config.json", lambda b: b.replace(b"v_prediction", b"sample")), "--teacher"),
+        (replace("base/teacher/tokenizer/tokenizer.json", lambda b: b[:100]), "tokenizer"))],
+    (None, train, D + ["--teacher", "dog"], "dog"), (None, train, D + ["--student", "a/b/c"], "--student"), (None, train, D + ["--resolution", 65], "--resolution"),
     # flags of sample and evaluate
     *[(run_folder(), sample, ["--run", "run", *flags], named) for flags, named in (
         ([], "--prompt"), (["--prompt", "  "], "--prompt"), (["--prompt", "a", "--num_images", 0], "--num_images"), (["--prompt", "a", "--steps", 3], "--steps"),
