@@ -761,6 +761,28 @@ instead of `{token}`.
 """
 
 
+def loading_code(part, role, base, exact, prompt, guidance, size):
+    """The lines of plain diffusers that load one half of a run and draw its first sample."""
+    source = getattr(base, role)
+    source = Path(source).relative_to(ROOT) if Path(source).is_relative_to(ROOT) else source
+    lines = ["import torch", "from diffusers import StableDiffusionPipeline"]
+    if not exact:
+        lines += ["from safetensors.torch import load_file"]
+    lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({quoted(source)}, safety_checker=None)"]
+    if role == "student" and base.student_lora:
+        folder, _, file = base.student_lora.rpartition("/")
+        lines.insert(1, "from diffusers import EulerDiscreteScheduler")
+        lines += [f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
+                  'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")']
+    steps, guidance = (1, 0.0) if role == "student" else (16, guidance)
+    return "\n".join([
+        *lines, f"pipe.load_textual_inversion({quoted(part)})",
+        f"pipe.load_lora_weights({quoted(part)})" if exact else
+        f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
+        f"image = pipe({quoted(prompt)}, num_inference_steps={steps}, guidance_scale={guidance}, height={size}, width={size},",
+        "             generator=torch.Generator().manual_seed(0)).images[0]", 'image.save("picture.png")'])
+
+
 def save_run(folder, pair, before, flags, prompts, rank=None):
     """Write a run: student and, in teacher/, teacher, each as exact weights, LoRA, token, samples, card and config.
 
@@ -771,7 +793,7 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
     (folder / "config.json").unlink(missing_ok=True)
     versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
     for role, denoiser, text in (("teacher", pair.teacher, pair.text), ("student", pair.student, pair.student_text)):
-        part = folder / "teacher" if role == "teacher" else folder
+        part, shown = (folder / "teacher", prompts[:2]) if role == "teacher" else (folder, prompts)  # its samples cost 32 passes each
         weights = denoiser.unet.state_dict()
         moved = {k: weights[k] for k in before[role]}
         lora, error = to_lora(before[role], moved, rank)
@@ -779,30 +801,16 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         save_tensors(part / "unet_delta.safetensors", moved)
         save_tensors(part / LORA, lora)
         save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
-        names = [f"{slug(p)}-seed0.png" for p in prompts]
-        images = torch.cat([draw(pair, p, [0], role == "teacher", guidance=flags["guidance_scale"]) for p in prompts])
+        names = [f"{slug(p)}-seed0.png" for p in shown]
+        images = torch.cat([draw(pair, p, [0], role == "teacher", guidance=flags["guidance_scale"]) for p in shown])
         for image, name in zip(to_pil(images), names):
             save_png(image, part / "samples" / name)
         save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
-        base = find_base(flags["base"], flags)
-        where = getattr(base, role)
-        where = Path(where).relative_to(ROOT) if Path(where).is_relative_to(ROOT) else where
-        adapter = base.student_lora.rpartition("/") if role == "student" and base.student_lora else None
-        code = ["import torch", "from diffusers import StableDiffusionPipeline" + ", EulerDiscreteScheduler" * bool(adapter), *["from safetensors.torch import load_file"] * (not exact), "",
-                f"pipe = StableDiffusionPipeline.from_pretrained({quoted(where)}, safety_checker=None)",
-                *([f"pipe.load_lora_weights({quoted(adapter[0])}, weight_name={quoted(adapter[2])})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
-                  "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=\"trailing\")"] if adapter else []),
-                f"pipe.load_textual_inversion({quoted(part)})",
-                f"pipe.load_lora_weights({quoted(part)})" if exact else
-                f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
-                f"image = pipe({quoted(prompts[0])}, num_inference_steps={1 if role == 'student' else 16}, "
-                f"guidance_scale={0.0 if role == 'student' else flags['guidance_scale']}, height={pair.resolution}, width={pair.resolution},",
-                "             generator=torch.Generator().manual_seed(0)).images[0]",
-                'image.save("picture.png")']
         fidelity = "It holds all of it." if exact else \
             f"It leaves out {error:.2%} of the change (Frobenius norm{'' if rank is None else f', rank {rank}'}; norms and biases fit no LoRA)."
-        card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code="\n".join(code),
-                           count=len(prompts), lora=LORA, fidelity=fidelity, first=names[0], **versions)
+        code = loading_code(part, role, find_base(flags["base"], flags), exact, shown[0], flags["guidance_scale"], pair.resolution)
+        card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code=code,
+                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0], **versions)
         write_atomically(part / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
         save_json(part / "config.json", {"format": RUN, "model": role, "flags": flags, "versions": versions,
                                          "lora": {"rank": rank, "left_out": error}})
