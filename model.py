@@ -370,8 +370,8 @@ class LowRank(nn.Module):
 
     def __init__(self, weight, rank):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** .5)
-        self.up = nn.Parameter(torch.zeros(len(weight), rank))
+        self.down = nn.Parameter((torch.randn(rank, weight.shape[1]) / weight.shape[1] ** .5).to(weight.device))
+        self.up = nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))
 
     def forward(self, weight):
         return weight + self.up @ self.down
