@@ -166,9 +166,11 @@ def iteration(pair, encoders, heads, optimizers, known, x, flags, autocast, mete
                 loss = loss + losses.identity_per_sample(encoders[k].tokens(again), encoders[k].tokens(f_t)).mean()
             loss.backward()
     with meter("image losses"):
-        filters = losses.random_projections(flags["swd_projections"], None).to(device)
-        positions = 0 if published else flags.get("swd_positions", 16384)
-        (losses.sliced_wasserstein_per_sample(x_border, x_t, filters, positions=positions) + losses.latent_per_sample(z_border, z_t)).mean().backward()
+        losses.latent_per_sample(z_border, z_t).mean().backward()
+        if flags["swd_projections"]:
+            filters = losses.random_projections(flags["swd_projections"], None).to(device)
+            positions = 0 if published else flags.get("swd_positions", 16384)
+            losses.sliced_wasserstein_per_sample(x_border, x_t, filters, positions=positions).mean().backward()
     with meter("autoencoder"):
         x_s.backward(x_border.grad)
     with meter("student UNet"):
@@ -213,6 +215,58 @@ def count(base, flags, published=False):
     meter = Meter(torch.device("meta"))
     iteration(pair, encoders, heads, optimizers, known, x, flags, contextlib.nullcontext, meter, published)
     return meter.flops
+
+
+class Kept:
+    """A tensor that autograd keeps for the backward pass; `live` counts the bytes of all that it keeps now, `most` its maximum."""
+    storages, live, most, apart = {}, 0, 0, set()
+
+    def __init__(self, tensor):
+        self.tensor, self.key = tensor, tensor.untyped_storage()._cdata
+        size, users = Kept.storages.get(self.key, (0 if self.key in Kept.apart else tensor.untyped_storage().nbytes(), 0))
+        Kept.storages[self.key] = size, users + 1
+        Kept.live += 0 if users else size
+        Kept.most = max(Kept.most, Kept.live)
+
+    def __del__(self):
+        size, users = Kept.storages.pop(self.key)
+        if users > 1:
+            Kept.storages[self.key] = size, users - 1
+        else:
+            Kept.live -= size
+
+
+def count_memory(base, flags):
+    """Bytes of weights, of gradients and optimizer, and of what autograd keeps at most, image losses apart: fake CPU tensors under
+    the autocast that a GPU would see. What a network needs in passing comes on top."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    half = torch.bfloat16 if flags["mixed_precision"] == "bf16" else torch.float32
+    pair, encoders, heads, _, x, known = build(base, "meta", flags | {"compile": False}, True, torch.float32)
+    networks = [m for m in (pair.teacher, pair.student, pair.vae, pair.tiny_vae, pair.text, *encoders.values(), *heads.values()) if m is not None]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        def fake(t, dtype):
+            return torch.empty(t.shape, dtype=dtype, device="cpu", requires_grad=t.requires_grad)
+
+        made = {}  # CLIP is a part of two encoders
+        for module in (m for network in networks for m in network.modules()):
+            for name, p in module._parameters.items():
+                if p is not None and p.device.type == "meta":
+                    made[p] = made[p] if p in made else torch.nn.Parameter(fake(p, torch.float32 if p.requires_grad else half), p.requires_grad)
+                    module._parameters[name] = made[p]
+            for name, b in module._buffers.items():
+                if b is not None and b.device.type == "meta":
+                    module._buffers[name] = fake(b, b.dtype)
+        weights = list({id(p): p for network in networks for p in network.parameters()}.values())
+        trained = [p for p in weights if p.requires_grad]
+        optimizers = {"teacher": torch.optim.AdamW([p for p in trained if not any(p is q for q in pair.student.parameters())]),
+                      "student": torch.optim.AdamW([p for p in pair.student.parameters() if p.requires_grad]),
+                      "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()])}
+        Kept.storages, Kept.live, Kept.most, Kept.apart = {}, 0, 0, {p.untyped_storage()._cdata for p in weights}
+        x, known = fake(x, x.dtype), {k: fake(v, v.dtype) for k, v in known.items()}
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            iteration(pair, encoders, heads, optimizers, known, x, flags | {"swd_projections": 0},
+                      lambda: torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16), Meter(torch.device("cpu")))
+        return sum(p.nbytes for p in weights), 3 * sum(p.nbytes for p in trained), Kept.most
 
 
 def parse_arguments(argv=None):
@@ -272,6 +326,9 @@ def report(base, args, flags, steps):
     print("| PFLOP per concept | " + " | ".join(f"{v * (1000 if k == 'published' else steps) / 1e15:.4g}" for k, v in sums.items()) + " |")
     print(f"\n(1000 iterations as published, {steps} in our recipe; both stages)" if "published" in columns else "")
 
+    sizes = [v / 1e9 for v in count_memory(base, flags)]
+    print(f"memory, counted (batch {n}, {args.mixed_precision}, {switches(flags)}): weights {sizes[0]:.2f} GB, gradients and optimizer {sizes[1]:.2f} GB, "
+          f"kept for the backward pass {sizes[2]:.2f} GB, together {sum(sizes):.1f} GB; what a network needs in passing comes on top")
     device, why = pick_device(args.device)
     if not args.steps or device.type == "cpu" and args.device == "auto" and "published" in columns:
         print("not timed: " + ("--steps 0" if not args.steps else f"{why}; --device cpu would time it all the same, in many minutes and 14 GB"))
@@ -296,10 +353,13 @@ def report(base, args, flags, steps):
     for part, s in meter.seconds.items():
         print(f"| {part} | {s / args.steps:.4g} |")
     print(f"| all | {seconds:.4g} |")
-    switches = [f"--{k}" for k in ("tiny_vae", "gradient_checkpointing", "compile") if flags[k]] + [f"--dinov2_size {args.dinov2_size}"]
-    print(f"\n{' '.join(switches)} -> {peak(device)}, {1 / seconds:.3g} it/s, {sum(ours.values()) / seconds / 1e12:.3g} TFLOP/s")
+    print(f"\n{switches(flags)} -> {peak(device)}, {1 / seconds:.3g} it/s, {sum(ours.values()) / seconds / 1e12:.3g} TFLOP/s")
     if args.images:
         sampling(pair, base, device, args)
+
+
+def switches(flags):
+    return " ".join([f"--{k}" for k in ("tiny_vae", "gradient_checkpointing", "compile") if flags[k]] + [f"--dinov2_size {flags['dinov2_size']}"])
 
 
 def peak(device):
