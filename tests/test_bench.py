@@ -1,7 +1,6 @@
 """What bench.py counts is what train.py computes. python -m pytest tests/test_bench.py"""
 import contextlib
 
-import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,12 +19,10 @@ def counted(call):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("tiny", [False, True])
-def test_an_iteration_of_the_bench_costs_what_one_of_train_costs(tiny, bases, concept):  # noqa: F811
-    flags = ["--base", bases["sd2"], "--dinov2_size", 42, "--swd_projections", 16, "--echo_steps", 0, "--mixed_precision", "no",
-             *(["--tiny_vae"] if tiny else [])]
+def test_an_iteration_of_the_bench_costs_what_one_of_train_costs(bases, concept):  # noqa: F811
+    flags = ["--base", bases["sd2"], "--dinov2_size", 42, "--swd_projections", 16, "--echo_steps", 0, "--mixed_precision", "no", "--tiny_vae"]
     two, three = (counted(lambda: train(*flags, "--max_train_steps", n)) for n in (2, 3))
-    pair, encoders, heads, optimizers, x, known = bench.build(bases["sd2"], torch.device("cpu"), FLAGS | {"tiny_vae": tiny}, False)
+    pair, encoders, heads, optimizers, x, known = bench.build(bases["sd2"], torch.device("cpu"), FLAGS | {"tiny_vae": True}, False)
     meter = bench.Meter(torch.device("cpu"))
     ours = counted(lambda: bench.iteration(pair, encoders, heads, optimizers, known, x, FLAGS, contextlib.nullcontext, meter))
     assert abs(three - two - ours) < .01 * ours  # train.py also watches how the critics pull on the student
@@ -38,6 +35,24 @@ def test_the_published_recipe_counts_41_petaflop_and_ours_with_its_switches_at_m
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| PFLOP"))
     published, ours, switched = (float(v) for v in row.split("|")[2:5])
     assert abs(published - bench.PAPER) < .5 and switched <= 12 < ours < published
+
+
+def test_the_counted_memory_is_what_autograd_really_keeps(bases):  # noqa: F811
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    flags = FLAGS | {"mixed_precision": "bf16"}
+    weights, state, kept = bench.count_memory(bases["sd2"], flags)
+    pair, encoders, heads, optimizers, x, known = bench.build(bases["sd2"], torch.device("cpu"), flags, False, torch.bfloat16)
+    for denoiser in (pair.teacher, pair.student):
+        denoiser.unet.set_attn_processor(AttnProcessor2_0())  # as on a GPU
+    networks = (pair.teacher, pair.student, pair.vae, pair.text, encoders["dino"], encoders["dinov2"], encoders["identity"], *heads.values())
+    parameters = [p for network in networks for p in network.parameters()]
+    bench.Kept.storages, bench.Kept.live, bench.Kept.most, bench.Kept.apart = {}, 0, 0, {p.untyped_storage()._cdata for p in parameters}
+    with torch.autograd.graph.saved_tensors_hooks(bench.Kept, lambda kept: kept.tensor):
+        bench.iteration(pair, encoders, heads, optimizers, known, x, flags | {"swd_projections": 0},
+                        lambda: torch.autocast("cpu", torch.bfloat16), bench.Meter(torch.device("cpu")))
+    assert abs(sum(p.nbytes for p in parameters) - weights) < .01 * weights and 3 * sum(p.nbytes for p in parameters if p.requires_grad) == state
+    assert abs(bench.Kept.most - kept) < .02 * kept and bench.Kept.live == 0
+    assert bench.count_memory(bases["sd2"], flags | {"gradient_checkpointing": True})[2] < .7 * kept
 
 
 def test_full_size_configs_have_the_known_numbers_of_weights(tmp_path):

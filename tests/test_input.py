@@ -230,6 +230,29 @@ def test_every_kind_of_image_is_read(mode, suffix):
     assert x.shape == (1, 3, 32, 32) and x.isfinite().all() and x.std() > .05 and x.abs().max() <= 1
 
 
+def test_a_heic_photo_is_refused_with_what_to_do(concept, no_models, capsys):
+    (concept / "IMG_0001.HEIC").write_bytes(b"....ftypheic")
+    code, said = exit_of(train.main, ["--concept", "dog"], capsys)
+    assert code == 2 and "IMG_0001.HEIC" in said and "JPEG" in said
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (3, 5), (1200, 30)])
+def test_crop_takes_the_centre_square_or_pads_the_whole_photo(size):
+    Path("photos").mkdir()
+    image = Image.new("RGB", size, "black")
+    side = min(size)
+    image.paste("white", ((size[0] - side) // 2, (size[1] - side) // 2, (size[0] + side) // 2, (size[1] + side) // 2))
+    image.save("photos/a.png")
+    x, mask = load_photos("photos", 64, masks=True)
+    assert mask.min() == 1 and x[..., 8:-8, 8:-8].min() > .5
+    x, mask = load_photos("photos", 64, "pad", masks=True)
+    ratio = min(size) / max(size)
+    assert x.shape == (1, 3, 64, 64) and abs(mask.mean() - ratio) < .03 and mask.sum() >= 64
+    assert (x * (1 - mask)).abs().max() < .01 and (x * mask).abs().max() > .9
+    wide = mask[0, 0].any(0).all() if size[0] > size[1] else mask[0, 0].any(1).all()
+    assert wide, "the longer side fills the frame"
+
+
 def test_exif_turns_a_photo_upright():
     Path("photos").mkdir()
     image = Image.new("RGB", (32, 32), "black")
