@@ -897,9 +897,9 @@ def state_of(module):
     return module if isinstance(module, dict) else module.state_dict()
 
 
-def checkpoints(folder):
+def checkpoints(folder, part="checkpoints"):
     """The checkpoint files of a run, oldest first."""
-    return sorted(Path(folder, "checkpoints").glob("step-*.safetensors"))
+    return sorted(Path(folder, part).glob("step-*.safetensors"))
 
 
 def read_checkpoint(path):

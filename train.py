@@ -310,7 +310,12 @@ def main(argv=None):
             echo = {"images": tensors["echo/images"].to(device), "prompts": meta["echo_prompts"]}
         resumed = tensors = None
         print(f"resumed {path} at iteration {first}")
-    else:  # nothing of an earlier run may be taken for a part of this one
+    else:  # nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag
+        if checkpoints(out):
+            shutil.rmtree(out / "checkpoints-before", ignore_errors=True)
+            (out / "checkpoints").rename(out / "checkpoints-before")
+            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint "
+                  f"{checkpoints(out, 'checkpoints-before')[-1]}")
         for part in ("checkpoints", "previews"):
             shutil.rmtree(out / part, ignore_errors=True)
         (out / "echo.png").unlink(missing_ok=True)
@@ -549,7 +554,7 @@ def main(argv=None):
                     won.add(k)
                     print(f"\nnote: the {k} critic has won by iteration {step + 1}: it is always right and its pull on the student is "
                           f"{strength / first_pull[k]:.1g} of what it was; lower --critic_lr")
-                pull[k], right[k] = [], []
+            pull, right = ({k: [] for k in heads} for _ in range(2))
         if args.preview_steps and (step + 1) % args.preview_steps == 0:
             preview(out / "previews" / f"{step + 1:05d}.png")
         if save_now:

@@ -76,6 +76,17 @@ def test_a_second_signal_stops_at_once_without_a_checkpoint(concept, monkeypatch
     assert stopped(*SHORT) == 130 and not checkpoints("out/dog")
 
 
+def test_a_forgotten_resume_flag_loses_no_work(concept, monkeypatch, capsys):
+    interrupt_at(2, monkeypatch)
+    stopped(*SHORT)
+    saved = checkpoints("out/dog")[-1].read_bytes()
+    interrupt_at(1, monkeypatch)
+    stopped(*SHORT)
+    aside, = checkpoints("out/dog", "checkpoints-before")
+    assert aside.read_bytes() == saved and f"--resume_from_checkpoint {aside}" in capsys.readouterr().out
+    assert [p.name for p in checkpoints("out/dog")] == ["step-000001.safetensors"]
+
+
 def test_the_resume_command_replaces_an_earlier_resume_flag(concept, monkeypatch, capsys):
     interrupt_at(1, monkeypatch)
     stopped(*SHORT)
