@@ -124,7 +124,8 @@ def parse_arguments(argv=None):
     """Flags with the base's recipe filled in; everything that the input alone tells is refused here."""
     args = parser().parse_args(argv)
     args.base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
-    if args.base not in BASES and not os.path.isdir(Path(args.base, "teacher")):
+    if args.base not in BASES and not all(os.path.isdir(Path(args.base, part)) for part in ("teacher", "student")) \
+            and not os.path.isfile(Path(args.base, "base.json")):
         fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     recipe = RECIPES["paper" if args.paper_exact else find_base(args.base).recipe]
     for name, value in ({"mixed_precision": "bf16", "swd_positions": 16384} | recipe).items():

@@ -117,7 +117,7 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
     (loop("dog/06.png"), train, D, "06.png"),
     # bases with missing, cut, damaged or foreign parts
     *[(base_folder(change), train, [*D, "--base", "base"], named) for change, named in (
-        (lambda: os.unlink("base/teacher/unet/config.json"), "unet/config.json"), (lambda: shutil.rmtree("base/student"), "base/student"),
+        (lambda: os.unlink("base/teacher/unet/config.json"), "unet/config.json"), (lambda: shutil.rmtree("base/student"), "--base base"),
         (lambda: shutil.rmtree("base/teacher/tokenizer"), "tokenizer"), (lambda: shutil.rmtree("base/teacher/scheduler"), "scheduler_config.json"),
         (replace("base/teacher/unet/diffusion_pytorch_model.safetensors", lambda b: b[:-9]), "base/teacher/unet/diffusion_pytorch_model.safetensors"),
         (replace("base/student/unet/diffusion_pytorch_model.safetensors", lambda b: b[:4]), "base/student/unet/diffusion_pytorch_model.safetensors"),
