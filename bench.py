@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 from data.images import fail
+from kernels.guided_mse import guided_mse
 from model import (BASES, RECIPES, Critic, compile_networks, find_base, load_encoders, load_pair, pick_device, save_memory, stored_in,
                    trainable_parameters)
 
@@ -148,9 +149,12 @@ def iteration(pair, encoders, heads, optimizers, known, x, flags, autocast, mete
     with meter("autoencoder"), autocast():
         x_s = pair.decode(z_border, tiny=True)
     x_border = x_s.detach().requires_grad_()
+    with meter("teacher UNet"), torch.no_grad(), autocast():
+        noisy = pair.teacher.add_noise(z_s, eps, t)
+        guesses = pair.teacher.guided(noisy, t, context, context[:1])
+    z_t, latent = guided_mse(*guesses, noisy, z_border, *pair.teacher.scales(t), torch.ones(n, device=device), flags["guidance_scale"],
+                             pair.teacher.prediction_type)
     with torch.no_grad(), autocast():
-        with meter("teacher UNet"):
-            z_t = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, context[:1], flags["guidance_scale"])
         with meter("autoencoder"):
             x_t = pair.decode(z_t, tiny=True)
         with meter(part["identity"]):
@@ -166,7 +170,7 @@ def iteration(pair, encoders, heads, optimizers, known, x, flags, autocast, mete
                 loss = loss + losses.identity_per_sample(encoders[k].tokens(again), encoders[k].tokens(f_t)).mean()
             loss.backward()
     with meter("image losses"):
-        losses.latent_per_sample(z_border, z_t).mean().backward()
+        latent.mean().backward()
         if flags["swd_projections"]:
             filters = losses.random_projections(flags["swd_projections"], None).to(device)
             positions = 0 if published else flags.get("swd_positions", 16384)

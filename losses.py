@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.lpips_tail import lpips_tail
 from kernels.sliced_wasserstein import sliced_wasserstein
 
 
@@ -37,11 +38,6 @@ def alignment_weight(alpha_bar):
 def identity_per_sample(a, b):
     """1 - mean cosine over T image-prompt tokens, a and b (B, T, d); in [0, 2]."""
     return 1 - F.cosine_similarity(a, b, dim=-1).mean(1)
-
-
-def latent_per_sample(a, b):
-    """Mean squared difference of latents (B, C, h, w)."""
-    return (a - b).square().mean((1, 2, 3))
 
 
 def srgb_to_lab(x):
@@ -89,6 +85,14 @@ def sliced_wasserstein_per_sample(x, y, projections, levels=5, positions=0, gene
         distances.append(sliced_wasserstein(x, y, projections, step, corner, impl))
         x, y = downsample(x), downsample(y)
     return torch.stack(distances).mean(0)
+
+
+def lpips_per_sample(a, b, impl=None):
+    """LPIPS (Zhang et al. 2018) of two lists of feature maps (B, C, h, w), summed over the list; gradients reach a.
+
+    All channels weigh 1, as in the paper's uncalibrated form: the published weights are for VGG and AlexNet.
+    """
+    return sum(lpips_tail(i, j, torch.ones_like(i[0, :, 0, 0]), impl) for i, j in zip(a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------

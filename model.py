@@ -120,12 +120,9 @@ class Denoiser(nn.Module):
         out = self(z_t, t, context)
         return (z_t - sigma * out) / alpha if self.prediction_type == "epsilon" else alpha * z_t - sigma * out
 
-    def guided_x0(self, z_t, t, context, empty, guidance):
-        """x0 with classifier-free guidance (Ho & Salimans 2022); empty is the context of the empty prompt."""
-        n = len(z_t)
-        both = self.x0(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([context, empty.expand(n, -1, -1)]))
-        with_prompt, without = both.chunk(2)
-        return without + guidance * (with_prompt - without)
+    def guided(self, z_t, t, context, empty):
+        """Raw outputs (with_prompt, without), for `guided_mse`; empty (1, L, d) is the context of the empty prompt."""
+        return self(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([context, empty.expand(len(z_t), -1, -1)])).chunk(2)
 
     def one_step(self, eps, context):
         """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (method, turn 2)."""
@@ -491,6 +488,10 @@ class Encoder(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to pooled features (B, width)."""
         return self.vision(x).last_hidden_state.float().mean((2, 3))
 
+    def layers(self, x):
+        """The same images to the feature maps (B, C, h, w) of every stage, for LPIPS."""
+        return [h.float() for h in self.vision(x, output_hidden_states=True).hidden_states]
+
     def tokens(self, features):
         """Pooled features to the image tokens (B, T, d) that the identity term compares."""
         return self.embed(features)[:, None]
@@ -535,6 +536,13 @@ class ViT(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to features (B, width)."""
         with as_stored(self.vision):
             return self.vision(self.prepare(x)).last_hidden_state[:, 0].float()
+
+    def layers(self, x):
+        """The same images to the patch tokens after each quarter of the network, as maps (B, width, s, s), for LPIPS."""
+        side = self.size // self.vision.config.patch_size
+        with as_stored(self.vision):
+            hidden = self.vision(self.prepare(x), output_hidden_states=True).hidden_states
+        return [hidden[(len(hidden) - 1) * k // 4][:, -side * side:].float().mT.unflatten(2, (side, side)) for k in (1, 2, 3, 4)]
 
     def embed(self, features):
         """Features (B, width) to unit embeddings (B, width)."""
@@ -581,6 +589,9 @@ class ImageTokens(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to T d numbers each, the tokens side by side."""
         tokens = self.proj(self.clip.features(x).to(self.proj.weight.dtype)).unflatten(1, (-1, len(self.norm.weight)))
         return self.norm(tokens).flatten(1).float()
+
+    def layers(self, x):
+        return self.clip.layers(x)
 
     def tokens(self, features):
         """Features to image tokens (B, T, d)."""

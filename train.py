@@ -22,6 +22,7 @@ from tqdm import tqdm
 import losses
 from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
 from kernels.dispatch import resolve
+from kernels.guided_mse import guided_mse
 from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints, compile_networks, find_base, load_encoders, load_pair,
                    load_tokenizer, merge_low_rank, pick_device, read_checkpoint, read_config, restore, save_checkpoint, save_json,
                    save_memory, save_run, trainable_parameters)
@@ -84,6 +85,7 @@ def parser():
     g.add_argument("--swd_weight", type=float, help="multi-scale sliced Wasserstein distance of the decoded images")
     g.add_argument("--swd_projections", type=int, help="random filters per call (paper: 128)")
     g.add_argument("--swd_positions", type=int, help="patches per level at most, about, default 16384; a 64-px image has 2916; 0: all (paper)")
+    g.add_argument("--lpips_weight", type=float, default=0., help="perceptual distance of the decoded images in the identity encoder's features")
     g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
     g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
     g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
@@ -147,7 +149,7 @@ def parse_arguments(argv=None):
         if getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "checkpoints_total_limit", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
-                 "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "weight_decay", "reconstruction_weight",
+                 "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "swd_positions", "lpips_weight", "weight_decay", "reconstruction_weight",
                  "guidance_scale", "denoising_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
@@ -287,7 +289,7 @@ def main(argv=None):
     state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, **heads}
     total = args.max_train_steps * (2 if args.sequential else 1) + args.echo_steps
     teaches = args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0
-    aligns = args.identity_weight + args.latent_weight + args.swd_weight > 0
+    aligns = args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0
     competes = args.adversarial_weight + args.scene_adversarial_weight > 0
     draws = (args.student_lr > 0 or not args.detach_prompt) and (aligns or competes)
     print(f"device {device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {pair.teacher.prediction_type}, "
@@ -495,7 +497,11 @@ def main(argv=None):
             aligned = torch.zeros_like(c)
             if aligns:
                 with torch.no_grad(), autocast():
-                    z_teacher = pair.teacher.guided_x0(pair.teacher.add_noise(z_s, eps, t), t, context, empty, args.guidance_scale)
+                    z_t = pair.teacher.add_noise(z_s, eps, t)
+                    guesses = pair.teacher.guided(z_t, t, context, empty)
+                z_teacher, latent = guided_mse(*guesses, z_t, z_s, *pair.teacher.scales(t), torch.full_like(c, args.latent_weight),
+                                               args.guidance_scale, pair.teacher.prediction_type, impl)
+                with torch.no_grad(), autocast():
                     x_teacher = pair.decode(z_teacher, tiny=True)
                     features_teacher = encoders["identity"].features(x_teacher)
 
@@ -505,12 +511,18 @@ def main(argv=None):
                 tokens = [encoders["identity"].tokens(f) for f in (features_s["identity"], features_teacher)]  # (B, T, d)
                 aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
             if args.latent_weight:
-                aligned = aligned + args.latent_weight * losses.latent_per_sample(z_s, z_teacher)
+                aligned = aligned + latent  # carries its weight
             if args.swd_weight:
                 filters = losses.random_projections(args.swd_projections, g).to(device)
                 images = (2 * x - 1 if args.paper_exact else x for x in (x_s, x_teacher))  # the release took [-1, 1] for [0, 1]
                 aligned = aligned + args.swd_weight * losses.sliced_wasserstein_per_sample(
                     *images, filters, positions=args.swd_positions, generator=g, impl=impl)
+            if args.lpips_weight:
+                with autocast():
+                    layers_s = encoders["identity"].layers(x_s)
+                    with torch.no_grad():
+                        layers_teacher = encoders["identity"].layers(x_teacher)
+                aligned = aligned + args.lpips_weight * losses.lpips_per_sample(layers_s, layers_teacher, impl)
             terms["alignment"] = (c * aligned).mean()
             if competes:
                 terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())

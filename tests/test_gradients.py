@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import losses
+from kernels.guided_mse import guided_mse
 from model import Critic, load_pair, trainable_parameters
 
 
@@ -19,6 +20,12 @@ def reached(pair):
     """Names of all parameters of the pair with a non-zero gradient."""
     parts = {"text": pair.text, "vae": pair.vae, "teacher": pair.teacher.unet, "student": pair.student.unet}
     return {f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def latent_distance(z):
+    """(B,) from a teacher that guesses 0."""
+    zero, one = torch.zeros_like(z), torch.ones(len(z), 1, 1, 1)
+    return guided_mse(zero, zero, zero, z, one, one, one.flatten(), 3., "v_prediction")[1]
 
 
 def kv(pair, who):
@@ -46,20 +53,21 @@ def test_the_students_losses_reach_its_kv_and_the_token_only_when_not_detached(f
     x = fresh.decode(z)
     features = encoders["identity"].features(x)
     head = Critic(encoders["identity"].width)
-    loss = losses.latent_per_sample(z, torch.zeros_like(z)) + losses.adversarial_per_sample(head(features))
+    loss = latent_distance(z) + losses.adversarial_per_sample(head(features))
     loss = loss + losses.identity_per_sample(encoders["identity"].embed(features)[:, None], torch.randn(2, 1, 128))
     loss = loss + losses.sliced_wasserstein_per_sample(x, torch.zeros_like(x), losses.random_projections(4, torch.Generator().manual_seed(0)))
     loss.sum().backward()
     assert reached(fresh) == kv(fresh, "student") | (set() if detach else {"text.row"})
 
 
-@pytest.mark.parametrize("term", ["adversarial", "identity", "latent", "swd"])
+@pytest.mark.parametrize("term", ["adversarial", "identity", "latent", "swd", "lpips"])
 def test_each_student_term_alone_has_a_gradient(fresh, encoders, term):
     z = fresh.student.one_step(torch.randn(2, *fresh.latent_shape), fresh.text(["a <v> dog"] * 2).detach())
     x = fresh.decode(z)
     loss = {"adversarial": lambda: losses.adversarial_per_sample(Critic(encoders["clip"].width)(encoders["clip"].features(x))),
             "identity": lambda: losses.identity_per_sample(encoders["identity"].embed(encoders["identity"].features(x))[:, None], torch.randn(2, 1, 128)),
-            "latent": lambda: losses.latent_per_sample(z, torch.zeros_like(z)),
+            "latent": lambda: latent_distance(z),
+            "lpips": lambda: losses.lpips_per_sample(encoders["identity"].layers(x), encoders["identity"].layers(torch.zeros_like(x))),
             "swd": lambda: losses.sliced_wasserstein_per_sample(x, torch.zeros_like(x), losses.random_projections(4, torch.Generator().manual_seed(0)))}[term]()
     loss.sum().backward()
     assert reached(fresh) == kv(fresh, "student")

@@ -1,6 +1,7 @@
 """Every Triton kernel against its torch reference, on the GPU if there is one, else interpreted. python -m pytest tests/test_kernels.py"""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 import losses
 from conftest import ROOT, train
 from kernels.dispatch import resolve, triton
+from kernels.guided_mse import guided_mse, guided_mse_torch
+from kernels.lpips_tail import lpips_tail, lpips_tail_torch
 from kernels.sliced_wasserstein import sliced_wasserstein
 
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
@@ -146,6 +149,121 @@ def test_a_lattice_of_patches_estimates_the_distance_of_all(impl):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Guided x0 and the latent distance; the tail of LPIPS
+
+SHAPES = [(2, 4, 8, 8), (1, 1, 1, 1), (3, 5, 21, 13), (0, 4, 8, 8)]
+
+
+def guided_inputs(shape, dtype=torch.float32):
+    latents = [rand(*shape, seed=s, dtype=dtype) - .5 for s in range(4)]
+    level = rand(shape[0], 1, 1, 1, seed=4, dtype=dtype) * .9 + .05
+    return [*latents, level.sqrt(), (1 - level).sqrt(), rand(shape[0], seed=5, dtype=dtype)]
+
+
+def guided(inputs, kind, impl, guidance=7.5):
+    z_s = inputs[3].detach().requires_grad_()
+    z_teacher, loss = guided_mse(*inputs[:3], z_s, *inputs[4:], guidance, kind, impl)
+    assert not z_teacher.requires_grad
+    return z_teacher, loss.detach(), torch.autograd.grad((loss * torch.arange(1, len(loss) + 1, device=DEVICE)).sum(), z_s)[0]
+
+
+def tail(a, b, w, impl):
+    a = a.detach().requires_grad_()
+    loss = lpips_tail(a, b, w, impl)
+    return loss.detach(), torch.autograd.grad((loss * torch.arange(1, len(loss) + 1, device=DEVICE)).sum(), a)[0]
+
+
+def tail_inputs(shape, dtype=torch.float32):
+    return rand(*shape, dtype=dtype) - .5, rand(*shape, seed=1, dtype=dtype) - .5, rand(shape[1], seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_guided_distance_is_its_formula_in_numpy(kind):
+    inputs = guided_inputs((2, 4, 3, 3), torch.float64)
+    p, u, z_t, z_s, alpha, sigma, weight = (i.cpu().numpy() for i in inputs)
+    p, u = ((z_t - sigma * i) / alpha if kind == "epsilon" else alpha * z_t - sigma * i for i in (p, u))
+    z_teacher = 7.5 * p - 6.5 * u
+    for got, wanted in zip(guided(inputs, kind, "torch"), (
+            z_teacher, weight * ((z_s - z_teacher) ** 2).mean((1, 2, 3)), 2 * (weight * [1, 2])[:, None, None, None] * (z_s - z_teacher) / 36)):
+        np.testing.assert_allclose(got.cpu().numpy(), wanted, rtol=1e-10)
+
+
+def test_the_tail_is_its_formula_in_numpy():
+    a, b, w = (i.cpu().numpy() for i in tail_inputs((2, 5, 3, 2), torch.float64))
+    u, v = (i / np.sqrt((i ** 2).sum(1, keepdims=True)) for i in (a, b))
+    got = lpips_tail(*tail_inputs((2, 5, 3, 2), torch.float64), "torch")
+    np.testing.assert_allclose(got.cpu().numpy(), (w[:, None, None] * (u - v) ** 2).sum(1).mean((1, 2)), rtol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_guided_kernel_is_as_near_to_float64_as_rounding_allows(shape, kind):
+    wide = guided(guided_inputs(shape, torch.float64), kind, "torch")
+    for got, wanted in zip(guided([i.float() for i in guided_inputs(shape, torch.float64)], kind, "triton"), wide):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(guided(guided_inputs(shape, torch.float64), kind, "triton"), wide):
+        torch.testing.assert_close(got, wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES + [(1, 100, 5, 7)], ids=str)
+def test_the_tails_kernel_is_as_near_to_float64_as_rounding_allows(shape):
+    wide = tail(*tail_inputs(shape, torch.float64), "torch")
+    for got, wanted in zip(tail(*[i.float() for i in tail_inputs(shape, torch.float64)], "triton"), wide):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    for got, wanted in zip(tail(*tail_inputs(shape, torch.float64), "triton"), wide):
+        torch.testing.assert_close(got, wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_low_precision_the_kernels_err_no_more_than_twice_what_torch_does(dtype):
+    low = [i.to(dtype) for i in guided_inputs((2, 4, 8, 8))]
+    for got, torchs, exact in zip(guided(low, "v_prediction", "triton"), guided(low, "v_prediction", "torch"),
+                                  guided([i.float() for i in low], "v_prediction", "torch")):
+        assert (got.float() - exact).norm() <= 2 * (torchs.float() - exact).norm() + 1e-2 * exact.norm()
+    low = [i.to(dtype) for i in tail_inputs((2, 16, 8, 8))]
+    for got, torchs, exact in zip(tail(*low, "triton"), tail(*low, "torch"), tail(*[i.float() for i in low], "torch")):
+        assert (got.float() - exact).norm() <= 2 * (torchs.float() - exact).norm() + 1e-2 * exact.norm()
+
+
+@needs_triton
+def test_the_kernels_gradients_are_the_derivatives():
+    p, u, z_t, z_s, *rest = guided_inputs((2, 2, 2, 2), torch.float64)
+    torch.autograd.gradcheck(lambda z: guided_mse(p, u, z_t, z, *rest, 3., "epsilon", "triton")[1], z_s.requires_grad_())
+    a, b, w = tail_inputs((2, 3, 2, 2), torch.float64)
+    torch.autograd.gradcheck(lambda i: lpips_tail(i, b, w, "triton"), a.requires_grad_())
+
+
+@needs_triton
+def test_both_kernels_read_any_memory_layout_and_nothing_before_it_is_written(monkeypatch):
+    inputs, maps = guided_inputs((2, 4, 8, 8)), tail_inputs((2, 16, 8, 8))
+    wanted = *guided(inputs, "v_prediction", "triton"), *tail(*maps, "triton")
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(float("nan")))
+    inputs[:4] = [i.contiguous(memory_format=torch.channels_last) for i in inputs[:4]]
+    maps = *(i.contiguous(memory_format=torch.channels_last) for i in maps[:2]), maps[2]
+    assert all(torch.equal(a, b) for a, b in zip((*guided(inputs, "v_prediction", "triton"), *tail(*maps, "triton")), wanted))
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_features_of_zero_have_a_finite_gradient_and_nan_is_not_lost(impl):
+    a, b, w = tail_inputs((2, 16, 3, 3))
+    a[0], b[0] = 0, 0
+    assert all(i.isfinite().all() for i in tail(a, b, w, impl)) and tail(a, b, w, impl)[0][0] == 0
+    assert all((i == 0).all() for i in tail(b, b, w, impl))
+    a[1, 2, 1, 1] = float("nan")
+    loss, gradient = tail(a, b, w, impl)
+    assert loss.isnan().tolist() == [False, True] and gradient[1, :, 1, 1].isnan().all() and gradient[0].isfinite().all()
+    inputs = guided_inputs((2, 4, 3, 3))
+    inputs[0][1, 0, 0, 0] = float("nan")
+    assert guided(inputs, "epsilon", impl)[1].isnan().tolist() == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Which implementation runs
 
 def test_without_a_gpu_torch_runs_and_asking_for_triton_needs_the_interpreter(monkeypatch):
@@ -194,7 +312,11 @@ JOBS = [
     ("kernels.sliced_wasserstein", "sign_kernel", dict(x="*fp32", weights="*fp32", centre="*fp32", sign="*i8", out="*i8"), PROJECTS,
      dict(num_warps=8, num_stages=2)),
     ("kernels.sliced_wasserstein", "transpose_kernel", dict(signs="*i8", weights="*fp32", scale="*fp32", out="*fp32"),
-     dict(SIZE=11, M=128, N=64, PRECISION="tf32"), dict(num_warps=8, num_stages=2))]
+     dict(SIZE=11, M=128, N=64, PRECISION="tf32"), dict(num_warps=8, num_stages=2)),
+    ("kernels.guided_mse", "guided_mse_kernel", dict.fromkeys("with_prompt without z_t z_s alpha sigma weight guidance z_teacher gradient partial".split(), "*fp32"),
+     dict(EPSILON=True, WIDE=False, BLOCK=1024), {}),
+    ("kernels.lpips_tail", "lpips_tail_kernel", dict(a="*bf16", b="*bf16", weights="*fp32", gradient="*bf16", partial="*fp32"),
+     dict(EPS=1e-10, WIDE=False, C=2048, P=8), dict(num_warps=32))]
 
 
 @needs_triton
@@ -207,6 +329,16 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(target):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [name for _, name, *_ in JOBS]
     assert all(int(code) > 0 and int(shared) <= 99 * 1024 for _, code, shared in lines)  # what a 4090 lends one program
+
+
+@pytest.mark.slow
+def test_the_bench_prints_a_table_per_kernel_and_says_if_there_is_no_gpu():
+    done = subprocess.run([sys.executable, "kernels/bench.py", "--size", "emoji"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and ("No CUDA GPU" in done.stdout) == (DEVICE == "cpu"), done.stderr
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.splitlines() if re.match(r"\| [a-zT]", line)]
+    assert {"sort (exact)", "sort of 1024 patches", "cells in torch", "eager", "torch.compile"} <= {name for name, *_ in rows}
+    assert all(float(back) > 0 and float(peak) > 0 for _, _, back, peak, *_ in rows)
+    assert [float(v) for v in rows[0][-2:]] == [0, 1] and float(dict((r[0], r[-1]) for r in rows)["cells in torch"]) > .999
 
 
 @needs_triton
@@ -225,7 +357,7 @@ def test_training_with_either_implementation_has_the_same_losses_and_gradients(c
         logs.append(json.loads((Path(impl) / "log.json").read_text()))
     for a, b in zip(*logs):
         assert a == pytest.approx(b, rel=1e-3)
-    assert len(gradients["torch"]) == len(gradients["triton"]) == 3  # teacher, student and critics
+    assert len(gradients["torch"]) == len(gradients["triton"]) == 4  # teacher, student, token and critics
     for a, b in zip(*gradients.values()):
         assert (a - b).norm() < .02 * a.norm()
     assert not torch.equal(gradients["torch"][1], gradients["triton"][1]), "the flag changed nothing"

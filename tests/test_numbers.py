@@ -24,7 +24,7 @@ def poison(monkeypatch, name, call, value=float("nan")):
 
 
 @pytest.mark.parametrize("name, per_step, term, flag", [
-    ("reconstruction", 1, "reconstruction", "--teacher_lr"), ("latent_per_sample", 1, "alignment", "--teacher_lr"),
+    ("reconstruction", 1, "reconstruction", "--teacher_lr"), ("identity_per_sample", 1, "alignment", "--teacher_lr"),
     ("adversarial_per_sample", 2, "adversarial", "--critic_lr"), ("critic", 2, "critic", "--critic_lr")])
 def test_the_first_loss_that_is_not_finite_is_named_with_its_step_and_flag(concept, monkeypatch, capsys, name, per_step, term, flag):
     poison(monkeypatch, name, 4 * per_step + 1)
@@ -38,8 +38,8 @@ def test_the_first_loss_that_is_not_finite_is_named_with_its_step_and_flag(conce
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_named(concept, monkeypatch, capsys):
-    latent = train_script.losses.latent_per_sample
-    monkeypatch.setattr(train_script.losses, "latent_per_sample", lambda a, b: latent(a, b) + (a - a).abs().sqrt().mean())  # d sqrt(0) = inf
+    identity = train_script.losses.identity_per_sample
+    monkeypatch.setattr(train_script.losses, "identity_per_sample", lambda a, b: identity(a, b) + (a - a).abs().sqrt().mean())  # d sqrt(0) = inf
     with pytest.raises(SystemExit):
         train(*SHORT)
     said = capsys.readouterr().err.strip().splitlines()[-1]

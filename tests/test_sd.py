@@ -215,6 +215,9 @@ def test_encoders_see_images_in_their_own_size_and_normalisation(bases):
         seen, mean, std = encoders[name].prepare(x), *(torch.tensor(v).view(3, 1, 1) for v in ([.48, .46, .41], [.27, .26, .28]))
         small = torch.nn.functional.interpolate((x + 1) / 2, size=(size, size), mode="bicubic", antialias=True)
         assert seen.shape == (2, 3, size, size) and torch.allclose(seen, (small - mean) / std, atol=1e-5)
+    maps = encoders["identity"].layers(x)
+    assert [m.shape for m in maps] == [(2, encoders["clip"].width, 2, 2)] * 4, "patches of 14 in 28 px, without the class token"
+    assert not torch.equal(maps[0], maps[3])
     raw = load_encoders(bases["sd2"], flags={"paper_exact": True, "dinov2_size": 42})
     y = torch.rand(1, 3, 42, 42) * 2 - 1
     assert torch.equal(raw["dinov2"].prepare(y), y)
