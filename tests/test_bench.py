@@ -1,6 +1,7 @@
 """What bench.py counts is what train.py computes. python -m pytest tests/test_bench.py"""
 import contextlib
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,3 +72,12 @@ def test_the_bench_times_parts_memory_and_sampling(bases, capsys):  # noqa: F811
     out = capsys.readouterr().out
     for part in ("| teacher UNet |", "| all |", "it/s", "GB peak", "ms per image; ratio"):
         assert part in out
+
+
+@pytest.mark.slow
+def test_one_iteration_of_the_full_size_networks_runs_on_a_cpu_in_12_gb(capsys):
+    """Random bf16 weights of SD 2.1, SD-Turbo, CLIP-H, DINOv2-L and DINO-S; small pictures, so that it takes minutes."""
+    bench.main(["--base", "sd-turbo", "--random_weights", "--device", "cpu", "--steps", "1", "--images", "0", "--resolution", "128", "--tiny_vae",
+                "--dinov2_size", "224", "--train_batch_size", "1"])
+    out = capsys.readouterr().out
+    assert "| student UNet |" in out and float(out.rsplit("-> ")[-1].split(" GB")[0]) < 12
