@@ -33,11 +33,11 @@ from safetensors.torch import load_file
 
 from data.images import grid, save_png
 from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
-from world import World, words
+from world import World, hue_jitter, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
     "clip": dict(steps=1000, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
-    "judge_clip": dict(steps=1050, batch=128, lr=2e-3), "judge_identity": dict(steps=400, batch=64, lr=6e-4),
+    "judge_clip": dict(steps=1050, batch=128, lr=2e-3), "judge_identity": dict(steps=1200, batch=64, lr=2e-3),
     "vae": dict(steps=3500, batch=16, lr=2e-3), "teacher": dict(steps=11800, batch=24, lr=9e-4),
     "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=1900, batch=24, lr=3e-4),
     "export": {}, "measure": {}}
@@ -140,10 +140,12 @@ WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 192
 
 
 def build_vision(stage):
-    """Training encoders are ResNets with batch norm, judges are ConvNeXts: no shared architecture, seed or data order."""
-    from transformers import ConvNextV2Config, ConvNextV2Model, ResNetConfig, ResNetModel
+    """Training encoders are ResNets, the judges a ConvNeXt and a RegNet: no shared architecture, seed or data order."""
+    from transformers import ConvNextV2Config, ConvNextV2Model, RegNetConfig, RegNetModel, ResNetConfig, ResNetModel
     sizes = [48, 96, WIDTHS[stage]]
-    if stage.startswith("judge"):
+    if stage == "judge_identity":
+        return RegNetModel(RegNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], groups_width=48, layer_type="x", downsample_in_first_stage=True))
+    if stage == "judge_clip":
         return ConvNextV2Model(ConvNextV2Config(hidden_sizes=sizes, depths=[2, 2, 2], num_stages=3))
     return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], layer_type="basic"))
 
@@ -155,6 +157,19 @@ def contrast(a, b, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, (logits.argmax(1) == target).float().mean()
 
 
+def spoil(images, pca, g):
+    """Pictures (B, 3, 64, 64) in other light, half of them as a generator might draw them.
+
+    Light: hue, saturation and value of each picture, as DINO does, so that an individual is its shape and marking more than its
+    exact tone. Generator: from a code of 24 x 8 x 8 with noise of up to half the code's size.
+    """
+    u = torch.rand(3, len(images), generator=g)
+    images = hue_jitter((images + 1) / 2, (u[0] - .5) * .4, .6 + .8 * u[1], .7 + .6 * u[2]) * 2 - 1
+    z = to_latents(pca, images)
+    noisy = z + .5 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
+    return torch.where((torch.rand(len(z), generator=g) < .5).view(-1, 1, 1, 1), from_latents(pca, noisy).clamp(-1, 1), images)
+
+
 def train_encoder(args):
     """Stages clip, identity (training family) and judge_clip, judge_identity (judges)."""
     judge, with_text = args.stage.startswith("judge"), args.stage.endswith("clip")
@@ -163,9 +178,6 @@ def train_encoder(args):
     world = World("pretrain" if with_text else "pretrain+extra")
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
-    if args.stage == "judge_identity":  # from scratch it had learned little after 350 steps (LOG.md)
-        state = load_file(Path(args.work) / "judge_clip" / "checkpoint.safetensors")
-        modules["vision"].load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("vision/")})
     if with_text:
         modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
     modules = {k: m.to(args.device) for k, m in modules.items()}
@@ -174,7 +186,7 @@ def train_encoder(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=.02, fused=True)
 
     def embed(images):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and not judge):  # ConvNeXt is faster in fp32
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and args.stage != "judge_clip"):  # ConvNeXt is faster in fp32
             features = modules["vision"](images.to(args.device)).last_hidden_state
         return modules["image"](features.float().mean((2, 3)))
 
@@ -184,7 +196,8 @@ def train_encoder(args):
             ids = tokenize(tokenizer, batch.captions, args.device)
             a, b = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output)
         else:
-            a, b = embed(world.individuals(args.batch, g).flatten(0, 1)).chunk(2)
+            views = world.individuals(args.batch, g, alike=judge).flatten(0, 1)
+            a, b = embed(spoil(views, pca, g) if judge else views).chunk(2)
         loss, accuracy = contrast(a, b, scale)
         optimizer.zero_grad()
         loss.backward()
@@ -192,6 +205,7 @@ def train_encoder(args):
         return {"loss": loss, "accuracy": accuracy}
 
     fixed = world.sample(24, torch.Generator().manual_seed(1)) if with_text else None
+    pca = principal_components(args) if args.stage == "judge_identity" else None
     views = None if with_text else world.individuals(24, torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -234,6 +248,12 @@ def principal_components(args):
 def to_latents(pca, x):
     """Images (B, 3, 64, 64) in [-1, 1] to diffusion latents (B, 24, 8, 8)."""
     return F.conv2d(x, pca["basis"], stride=PATCH) - pca["mean"].view(1, -1, 1, 1)
+
+
+def from_latents(pca, z):
+    """The linear decoding: diffusion latents (B, 24, 8, 8) to images (B, 3, 64, 64) in about [-1, 1]."""
+    back = torch.linalg.pinv(pca["basis"].flatten(1)).T.view_as(pca["basis"])
+    return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), back, stride=PATCH)
 
 
 def edges(x):
@@ -387,8 +407,7 @@ def show(args, pca, z):
         vae = build_vae().to(args.device)
         vae.load_state_dict({k[4:]: v for k, v in load_file(path).items() if k.startswith("ema/")})
         return vae.decode(z / SCALING).sample
-    flat = pca["basis"].flatten(1)
-    return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), torch.linalg.pinv(flat).T.view_as(pca["basis"]), stride=PATCH)
+    return from_latents(pca, z)
 
 
 # ---------------------------------------------------------------------------------------------------------------

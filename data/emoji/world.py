@@ -21,6 +21,7 @@ keeps its own up to a small unnamed jitter; where it names no place, the place i
 """
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -323,14 +324,16 @@ class World:
         canvas = self.bank[place, torch.randint(VARIANTS, (n,), generator=g)].float() / 255
         return torch.where((torch.rand(n, generator=g) < .5)[:, None, None, None], canvas.flip(3), canvas)
 
-    def individuals(self, n, g):
+    def individuals(self, n, g, alike=False):
         """Two pictures each of n random individuals in different places, for instance discrimination.
 
+        alike: half of them are dyed in one colour, so that only shape and marking tell those apart.
         Returns (2, n, 3, SIZE, SIZE) in [-1, 1].
         """
         sprite = torch.randint(len(self.entries), (n,), generator=g)
         coin = torch.rand(n, generator=g)
-        colour = torch.where(coin < .2, torch.randint(len(COLOURS), (n,), generator=g), -1)
+        colour = torch.randint(len(COLOURS), (n,), generator=g)
+        colour = torch.where(coin < .5, colour[0], -1) if alike else torch.where(coin < .2, colour, -1)
         rgba = self.dress(sprite, g, colour, coin > .8)
         views = []
         for _ in range(2):
@@ -422,6 +425,30 @@ def portraits(name, n=5, seed=0):
     rgba = world.dress(sprite, g, jitter=False)
     flip = torch.zeros(n, dtype=torch.bool)
     return paint(world.canvas(place, g), rgba, pixels, centre, torch.zeros(n), flip).clamp(0, 1) * 2 - 1
+
+
+def illustrate(name, templates, g):
+    """What templates such as "a red {} next to a ball at night" ask of one held-out individual, drawn by the world itself.
+
+    Returns (len(templates), 3, SIZE, SIZE) in [-1, 1]; where no place is named, any.
+    """
+    world = World("pretrain+held_out")
+    n, pixels, beside = len(templates), [], []
+    sprite = torch.tensor([[(e["name"], e["split"]) for e in world.entries].index((name, "held_out"))] * n)
+    place, colour = torch.randint(len(PLACES), (n,), generator=g), torch.full((n,), -1)
+    for i, t in enumerate(templates):
+        place[i] = next((k for k, p in enumerate(PLACES) if t.endswith(p)), place[i])
+        colour[i] = next((k for k, c in enumerate(COLOURS) if f"{c} {{}}" in t), -1)
+        beside.append(next((k for k, w in enumerate(world.nouns) if re.search(f"next to an? {w}\\b", t)), -1))
+        pixels.append(SIZES["beside" if beside[i] >= 0 else next((k for k in ("small", "big", "close-up") if k in t), "")])
+    beside, pixels = torch.tensor(beside), torch.tensor(pixels, dtype=torch.float)
+    two, still, upright = beside >= 0, torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+    centre = torch.where(two[:, None], torch.tensor([2.0, 1.0]) * 2 * GRID / SIZE, 0)
+    rgba = world.dress(sprite, g, colour, torch.tensor(["spotted" in t for t in templates]), jitter=False)
+    canvas = paint(world.canvas(place, g), rgba, pixels, centre, still, upright)
+    other = world.dress(world.pick(beside.clamp(min=0), upright, g), g)
+    canvas = torch.where(two[:, None, None, None], paint(canvas, other, pixels, centre * torch.tensor([-1.0, 1.0]), still, upright), canvas)
+    return canvas.clamp(0, 1) * 2 - 1
 
 
 if __name__ == "__main__":
