@@ -51,6 +51,7 @@ def parser():
     g.add_argument("--student", help="folder or hub repository in place of the base's student")
     g.add_argument("--paper_exact", action=yes_no, default=False, help="the released settings, and images unnormalised before encoders and SWD")
     g.add_argument("--resolution", type=int, help="pixels along one side; default: the student's own")
+    g.add_argument("--carry", action=yes_no, default=None, help="every step of the teacher's weights moves the student's too (paper: no)")
     g.add_argument("--train_unet", choices=["kv", "attention", "all", "lora"], help="which UNet weights move (paper: kv)")
     g.add_argument("--lora_rank", type=int, default=8, help="of --train_unet lora, in every attention layer")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -69,6 +70,7 @@ def parser():
     g.add_argument("--train_batch_size", type=int, help="images per iteration and model")
     g.add_argument("--teacher_lr", type=float, help="0 freezes the teacher")
     g.add_argument("--student_lr", type=float, help="0 freezes the student")
+    g.add_argument("--kv_rate", type=float, help="learning rate of cross-attention keys and values, as a multiple of their UNet's (paper: 1)")
     g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
     g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
     g.add_argument("--lr_decay", type=float, help="last share of all iterations in which the learning rates fall to 0 (paper: 0)")
@@ -87,7 +89,8 @@ def parser():
     g.add_argument("--swd_positions", type=int, help="patches per level at most, about, default 16384; a 64-px image has 2916; 0: all (paper)")
     g.add_argument("--lpips_weight", type=float, default=0., help="perceptual distance of the decoded images in the identity encoder's features")
     g.add_argument("--guidance_scale", type=float, help="of the teacher, in the alignment target and in samples")
-    g.add_argument("--weight_alignment", action=yes_no, default=True, help="weigh alignment by c(t') = alpha_bar(t')")
+    g.add_argument("--target_noise", type=float, help="targets start at noise levels from this share of the schedule up (paper: 0)")
+    g.add_argument("--weight_alignment", action=yes_no, default=None, help="weigh alignment by c(t') = alpha_bar(t') (paper: yes)")
     g.add_argument("--detach_prompt", action=yes_no, default=True, help="keep student losses away from the token")
 
     g = p.add_argument_group("baselines and ablations (defaults: the method)")
@@ -95,7 +98,6 @@ def parser():
                    help="student's own denoising loss on the photos, as Textual Inversion and Custom Diffusion train; moves the token too")
     g.add_argument("--sequential", action=yes_no, default=False, help="all iterations for the teacher alone, then as many for the student")
     g.add_argument("--share_text", action=yes_no, default=True, help="off: the student learns a token of its own by its own losses")
-    g.add_argument("--transplant", action=yes_no, default=False, help="at the end, add the teacher's change of weights to the student's")
 
     g = p.add_argument_group("data")
     g.add_argument("--scene_prompts", type=float, help="share of the student's prompts that are scenes (paper: 0)")
@@ -109,7 +111,8 @@ def parser():
     g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
     g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
-    g.add_argument("--echo_share", type=float, help="share of echoed images in each batch of the echo stage")
+    g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of the echo stage, as a share of it")
+    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples, as if they were photos (paper: 1)")
     g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
 
     g = p.add_argument_group("logging and checkpoints")
@@ -150,16 +153,16 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "checkpoints_total_limit", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
                  "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "swd_positions", "lpips_weight", "weight_decay", "reconstruction_weight",
-                 "guidance_scale", "denoising_weight"):
+                 "guidance_scale", "kv_rate", "denoising_weight", "echo_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
         fail(f"--max_grad_norm must be above 0, not {args.max_grad_norm}; inf switches clipping off")
-    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share", "echo_noise"):
+    for name in ("scene_prompts", "lr_decay", "echo_keep", "echo_floor", "echo_share", "echo_noise", "target_noise"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
-    if args.transplant and args.train_unet == "lora":
-        fail("--transplant moves plain weights; use --train_unet kv, attention or all")
+    if args.carry and args.train_unet == "lora":
+        fail("--carry moves plain weights; use --train_unet kv, attention or all, or --no-carry")
     if args.sequential and args.echo_steps:
         fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
     if args.echo_real_only and not args.echo_steps:
@@ -280,10 +283,15 @@ def main(argv=None):
     if not args.share_text:
         pair.unshare_text()
         rows["student_row"] = pair.student_text.row
+    def groups(weights):  # keys and values of cross-attention, which read the token, may learn at another rate
+        kv = {k for k in weights if ".attn2.to_k." in k or ".attn2.to_v." in k}
+        parts = ([v for k, v in weights.items() if (k in kv) == inside] for inside in (True, False))
+        return [{"params": part, "rate": rate} for part, rate in zip(parts, (args.kv_rate, 1.0)) if part]
+
     optimizers = {
-        "teacher": torch.optim.AdamW(moved["teacher"].values(), lr=args.teacher_lr, weight_decay=args.weight_decay, fused=True),
+        "teacher": torch.optim.AdamW(groups(moved["teacher"]), lr=args.teacher_lr, weight_decay=args.weight_decay, fused=True),
         "token": torch.optim.AdamW(rows.values(), lr=args.token_lr, weight_decay=0),
-        "student": torch.optim.AdamW(moved["student"].values(), lr=args.student_lr, weight_decay=args.weight_decay, fused=True),
+        "student": torch.optim.AdamW(groups(moved["student"]), lr=args.student_lr, weight_decay=args.weight_decay, fused=True),
         "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr,
                                     weight_decay=args.weight_decay)}
     state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, **heads}
@@ -360,6 +368,10 @@ def main(argv=None):
     def fill(template, word=""):
         return template.replace("{}", f"{word} {name}".strip())
 
+    def upper(t, share):
+        """Timesteps of the whole schedule moved into its noisier part, from `share` up."""
+        return pair.teacher.last - ((pair.teacher.last - t) * (1 - share)).long()
+
     def choose(options, n, g):
         return [options[i] for i in torch.randint(len(options), (n,), generator=g).tolist()]
 
@@ -391,8 +403,9 @@ def main(argv=None):
         return {k: torch.cat([row[k] for row in seen]) for k in seen[0]}
 
     def study_all():
-        """The same of every image there is, once; None where size augmentation makes new ones for ever."""
-        return None if args.size_augmentation else study(torch.cat([dataset.photos] + ([echo["images"]] if echo else [])))
+        """The same of all photos (None where size augmentation makes new ones for ever) and of the echo, once."""
+        return (None if args.size_augmentation else study(dataset.photos),
+                study(echo["images"]) if echo else None)
 
     @torch.no_grad()
     def gather_echo():
@@ -422,8 +435,7 @@ def main(argv=None):
                                   max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
         images = torch.cat(images)[keep]
         shown = images[:64].split(8)
-        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]),
-                 out / "echo.png")
+        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]), out / "echo.png")
         print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
         return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
 
@@ -433,46 +445,58 @@ def main(argv=None):
 
     watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
     pull, right = ({k: [] for k in heads} for _ in range(2))
-    known = study_all()
+    known, known_echo = study_all()
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
         phase = args.max_train_steps if args.sequential else total
         for k, o in optimizers.items():
-            o.param_groups[0]["lr"] = getattr(args, f"{k}_lr") * min(1, (phase - step % phase) / max(1, args.lr_decay * phase))
+            for group in o.param_groups:
+                decay = min(1, (phase - step % phase) / max(1, args.lr_decay * phase))
+                group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * decay
             o.zero_grad()
         if step >= args.max_train_steps and echo is None and not args.echo_real_only:
             echo = gather_echo()
-            known = study_all()
+            known, known_echo = study_all()
 
-        # real images with template prompts; in the echo stage, a share of them are echoed samples with their own
+        # real images with template prompts; in the echo stage, echoed samples with their own prompts come on top of them
         x, mask, said, which = dataset.batch(n, g)
         captions = [fill(t, w) for t, w in zip(choose(prompts["templates"], n, g), said)]
         t = torch.randint(pair.teacher.last + 1, (n,), generator=g)
+        eps = torch.randn(n, *shape, generator=g).to(device)
+        m, captions_echo, t_echo, eps_echo = 0, [], t[:0], eps[:0]
         if echo is not None:
-            own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # the control draws the same noise
-            echoed = (torch.rand(n, generator=own) < args.echo_share).tolist()
-            pick = torch.randint(len(echo["images"]), (n,), generator=own).tolist()
-            for i in range(n):
-                if echoed[i]:
-                    x[i], mask[i], captions[i] = echo["images"][pick[i]], 1, echo["prompts"][pick[i]]
-                    which[i] = len(dataset.photos) + pick[i]
-                    t[i] = pair.teacher.last - ((pair.teacher.last - t[i]) * (1 - args.echo_noise)).long()  # layout, not detail
-        t, eps = t.to(device), torch.randn(n, *shape, generator=g).to(device)
+            own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # so the control draws the same as this
+            m = max(1, round(args.echo_share * n))
+            pick = torch.randint(len(echo["images"]), (m,), generator=own)
+            echoed, captions_echo = {k: v[pick] for k, v in known_echo.items()}, [echo["prompts"][i] for i in pick.tolist()]
+            t_echo = upper(torch.randint(pair.teacher.last + 1, (m,), generator=own), args.echo_noise)  # layout, not detail
+            eps_echo = torch.randn(m, *shape, generator=own).to(device)
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
         terms, norms = {}, {}
         real = study(x) if known is None else {k: v[which] for k, v in known.items()}
+        echoed = echoed if m else {k: v[:0] for k, v in real.items()}
         z = real["z"]
-        mask_z = F.interpolate(mask, size=shape[1:], mode="area")
+        t_all, eps_all, z_all = torch.cat([t, t_echo]).to(device), torch.cat([eps, eps_echo]), torch.cat([z, echoed["z"]])
+        t, mask_z = t.to(device), F.interpolate(mask, size=shape[1:], mode="area")
         if teaches and not (args.sequential and step >= args.max_train_steps):
             with autocast():
-                out_teacher = pair.teacher(pair.teacher.add_noise(z, eps, t), t, pair.text(captions))
-            terms["reconstruction"] = losses.reconstruction(out_teacher, pair.teacher.target(z, eps, t), mask_z)
-            (scale * args.reconstruction_weight * terms["reconstruction"]).backward()
+                out_teacher = pair.teacher(pair.teacher.add_noise(z_all, eps_all, t_all), t_all, pair.text(captions + captions_echo))
+            target = pair.teacher.target(z_all, eps_all, t_all)
+            terms["reconstruction"] = losses.reconstruction(out_teacher[:n], target[:n], mask_z)
+            loss = args.reconstruction_weight * terms["reconstruction"]
+            if m:
+                terms["echo"] = losses.reconstruction(out_teacher[n:], target[n:])
+                loss = loss + args.echo_weight * terms["echo"]
+            (scale * loss).backward()
             norms["teacher's gradient"] = clip(moved["teacher"].values())
+            old = [p.detach().clone() for p in moved["teacher"].values()] if args.carry else []
             optimizers["teacher"].step()
+            with torch.no_grad():
+                for theirs, new, was in zip(moved["student"].values(), moved["teacher"].values(), old):
+                    theirs += new - was
         if args.denoising_weight:  # baselines only: the one-step student under the ordinary diffusion loss
             with autocast():
                 out_student = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(captions))
@@ -492,7 +516,7 @@ def main(argv=None):
                 features_s = {k: encoders[k].features(x_s) for k in heads}
 
             # ---- 3. alignment target: the current teacher denoises the re-noised sample
-            t = torch.randint(pair.teacher.last + 1, (n,), generator=g).to(device)
+            t = upper(torch.randint(pair.teacher.last + 1, (n,), generator=g), args.target_noise).to(device)
             c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(n, device=device)
             aligned = torch.zeros_like(c)
             if aligns:
@@ -538,7 +562,7 @@ def main(argv=None):
         # ---- 5. critics: photos (and echoes) against the same student features
         if "adversarial" in terms:
             judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-            logits = {k: (h(real[k]), h(features_s[k].detach())) for k, h in heads.items()}
+            logits = {k: (h(torch.cat([real[k], echoed[k]])), h(features_s[k].detach())) for k, h in heads.items()}
             terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
             for k, v in logits.items():
                 right[k].append(losses.critic_accuracy(*v, judged))
@@ -579,10 +603,6 @@ def main(argv=None):
             sys.exit(leave[0])
 
     # -- save ---------------------------------------------------------------------------------------------------
-    if args.transplant:
-        with torch.no_grad():
-            for k, v in moved["student"].items():
-                v += moved["teacher"][k] - before["teacher"][k].to(device)
     if args.train_unet == "lora":
         before = {"teacher": merge_low_rank(pair.teacher.unet), "student": merge_low_rank(pair.student.unet)}
     save_json(out / "log.json", history)

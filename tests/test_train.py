@@ -67,9 +67,9 @@ def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):
 
 @pytest.mark.parametrize("flags", [
     ("--reconstruction_weight", 0), ("--adversarial_weight", 0), ("--identity_weight", 0), ("--latent_weight", 0), ("--swd_weight", 0), ("--scene_adversarial_weight", .3),
-    ("--scene_prompts", 0), ("--flip",), ("--lr_decay", 1), ("--size_augmentation",), ("--no-weight_alignment",), ("--no-detach_prompt",),
+    ("--scene_prompts", 0), ("--flip",), ("--lr_decay", 1), ("--size_augmentation",), ("--weight_alignment",), ("--target_noise", .9), ("--no-carry",), ("--kv_rate", 3), ("--no-detach_prompt",),
     ("--guidance_scale", 1), ("--train_unet", "kv"), ("--train_unet", "attention"), ("--teacher_lr", 0), ("--student_lr", 0),
-    ("--token_lr", 0), ("--critic_lr", .01), ("--weight_decay", .5), ("--max_grad_norm", .01), ("--swd_projections", 4), ("--swd_positions", 100), ("--lpips_weight", 1),
+    ("--token_lr", 0), ("--critic_lr", .01), ("--weight_decay", .5), ("--max_grad_norm", .01), ("--swd_projections", 3), ("--swd_positions", 100), ("--lpips_weight", 1),
     ("--train_batch_size", 2), ("--mixed_precision", "no"), ("--class_word", "cat")], ids=str)
 def test_every_flag_is_read(concept, flags, reference):
     run = train("--max_train_steps", 2, "--echo_steps", 0, *flags)
@@ -89,7 +89,7 @@ def reference(tmp_path_factory):
         os.chdir(here)
 
 
-@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", 1), ("--echo_noise", 0)], ids=str)
+@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", 1), ("--echo_noise", 0), ("--echo_weight", 3)], ids=str)
 def test_every_echo_flag_is_read(concept, flags):
     short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48)
     assert not same(tensors(train(*short)), tensors(train(*short, *flags)))

@@ -1,0 +1,77 @@
+"""Baselines and ablations are what their names say. Run: python -m pytest tests/test_methods.py"""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as script
+from conftest import train
+from data.benchmark.report import load_methods
+from model import load_pair, load_run, trainable_parameters
+
+SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--lr_decay", 0)
+ALONE = ("--denoising_weight", 1, "--reconstruction_weight", 0, "--adversarial_weight", 0, "--identity_weight", 0, "--latent_weight", 0,
+         "--swd_weight", 0, "--echo_steps", 0)
+
+
+def moved(run, part=""):
+    """Names of the weights that a run changed, against the base."""
+    before = dict(getattr(load_pair("emoji", "<v>", "dog"), part or "student").unet.named_parameters())
+    after = load_file(run / part / "unet_delta.safetensors") if part == "teacher" else load_file(run / "unet_delta.safetensors")
+    return {k for k, v in after.items() if not torch.equal(v, before[k])}
+
+
+def token_moved(run):
+    return not torch.equal(load_file(run / "learned_embeds.safetensors")["<v>"], load_pair("emoji", "<v>", "dog").text.row)
+
+
+def test_textual_inversion_moves_the_token_alone(concept):
+    run = train(*SHORT, *ALONE, "--student_lr", 0)
+    assert not moved(run) and not moved(run, "teacher") and token_moved(run)
+
+
+def test_custom_diffusion_moves_the_students_keys_and_values_and_the_token(concept):
+    run = train(*SHORT, *ALONE, "--train_unet", "kv")
+    assert moved(run) == set(trainable_parameters(load_pair("emoji", "<v>", "dog").student.unet, "kv"))
+    assert not moved(run, "teacher") and token_moved(run)
+
+
+def test_lora_changes_attention_weights_by_at_most_its_rank(concept):
+    run = train(*SHORT, *ALONE, "--train_unet", "lora", "--lora_rank", 2, "--student_lr", 1e-2)
+    before = dict(load_pair("emoji", "<v>", "dog").student.unet.named_parameters())
+    changes = [v - before[k] for k, v in load_file(run / "unet_delta.safetensors").items()]
+    assert changes and all(torch.linalg.matrix_rank(c.double(), rtol=1e-4) == 2 for c in changes)
+
+
+def test_what_is_carried_to_the_student_is_the_teachers_change(concept):
+    run = train(*SHORT, "--echo_steps", 0, "--student_lr", 0, "--train_unet", "kv", "--carry")
+    pair = load_pair("emoji", "<v>", "dog")
+    student, teacher = dict(pair.student.unet.named_parameters()), dict(pair.teacher.unet.named_parameters())
+    after = load_file(run / "unet_delta.safetensors")
+    for k, v in load_file(run / "teacher" / "unet_delta.safetensors").items():
+        assert not torch.equal(v, teacher[k])
+        torch.testing.assert_close(after[k], student[k] + (v - teacher[k]), rtol=0, atol=1e-6)  # rounded step by step
+
+
+def test_a_sequential_run_first_trains_the_teacher_just_as_it_would_alone(concept):
+    alone = train(*SHORT, "--echo_steps", 0, "--student_lr", 0)
+    expected = load_file(alone / "teacher" / "unet_delta.safetensors")
+    assert not moved(alone)
+    run = train(*SHORT, "--echo_steps", 0, "--sequential")
+    found = load_file(run / "teacher" / "unet_delta.safetensors")
+    assert all(torch.equal(found[k], v) for k, v in expected.items()) and moved(run)
+
+
+def test_without_a_shared_encoder_the_student_learns_a_token_of_its_own(concept):
+    run = train(*SHORT, "--echo_steps", 0, "--no-share_text")
+    pair = load_pair("emoji", "<v>", "dog")
+    load_run(run, pair)
+    assert pair.student_text is not pair.text and not torch.equal(pair.student_text.row, pair.text.row)
+    torch.testing.assert_close(pair.student_text.row, load_file(run / "learned_embeds.safetensors")["<v>"], rtol=0, atol=0)
+    assert torch.equal(pair.student_text(["a dog"]), pair.text(["a dog"])) and not torch.equal(pair.student_text(["a <v>"]), pair.text(["a <v>"]))
+
+
+@pytest.mark.parametrize("name", [k for k, v in load_methods("emoji").items() if v["flags"]])
+def test_every_method_is_accepted_and_differs_from_the_default(name, concept):
+    import shlex
+    plain, flags = (vars(script.parse_arguments(["--concept", "dog", *f])) for f in ([], shlex.split(load_methods("emoji")[name]["flags"])))
+    assert plain != flags
