@@ -1,0 +1,253 @@
+"""Scores, intervals, the benchmark and the blind sheet. Run: python -m pytest tests/test_evaluate.py"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+from conftest import ROOT, exit_of, train
+from data.benchmark import download, report
+
+SHORT = "--max_train_steps 2 --train_batch_size 2 --echo_steps 1 --echo_samples 4"
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------
+
+def test_mean_cosine_is_the_mean_over_all_pairs():
+    a, b = unit(5, 7), unit(3, 7, seed=1)
+    expected = np.mean([float(np.dot(x, y)) for x in a.numpy() for y in b.numpy()])
+    assert math.isclose(evaluate.mean_cosine(a, b), expected, rel_tol=1e-12)
+
+
+def test_agreement_compares_row_by_row():
+    a, b = unit(5, 7), unit(5, 7, seed=1)
+    expected = np.mean([float(np.dot(x, y)) for x, y in zip(a.numpy(), b.numpy())])
+    assert math.isclose(evaluate.agreement(a, b), expected, rel_tol=1e-12) and evaluate.agreement(a, a) == pytest.approx(1)
+
+
+def test_diversity_compares_seeds_of_one_prompt_only():
+    seeds, prompts = 3, 4
+    e = unit(seeds * prompts, 6)
+    table = e.view(seeds, prompts, 6).numpy()
+    pairs = [float(np.dot(table[i, p], table[j, p])) for p in range(prompts) for i in range(seeds) for j in range(seeds) if i != j]
+    assert math.isclose(evaluate.diversity(e, seeds), 1 - np.mean(pairs), rel_tol=1e-12)
+    assert abs(evaluate.diversity(e[:prompts].repeat(seeds, 1), seeds)) < 1e-12
+
+
+def test_the_interval_of_a_mean_is_near_the_normal_one_and_repeats():
+    values = np.random.default_rng(0).normal(3, 1, 400)
+    low, high = report.interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=.02) and high == pytest.approx(values.mean() + half, abs=.02)
+    assert report.interval(values) == (low, high) and report.interval([2., 2.]) == (2., 2.)
+
+
+def line(method, subject, seed, dino):
+    return (method, subject, seed), {"method": method, "subject": subject, "seed": seed, "scores": {"student, 1 step": {"DINO": dino}}}
+
+
+def test_paired_differences_use_only_what_both_methods_have():
+    results = dict([line("a", "cat", 0, .9), line("a", "cat", 1, .1), line("a", "dog", 0, .8), line("a", "pig", 0, 0.),
+                    line("b", "cat", 0, .5), line("b", "dog", 0, .6)])
+    mean, low, high, subjects = report.paired(results, ("a", "student, 1 step"), ("b", "student, 1 step"), "DINO")
+    assert mean == pytest.approx(.3) and (low, high) == (pytest.approx(.2), pytest.approx(.4)) and subjects == 2
+
+
+def test_the_readmes_table_marks_what_differs_and_is_the_same_when_made_again(tmp_path):
+    rows = [line(m, f"s{i}", 0, v + i % 3 / 100) for m, v in (("EchoDistill", .8), ("worse", .7), ("same", .8)) for i in range(12)]
+    extra = {"judges": "embedded", "flags": "", "iterations": 1, "train_cpu_seconds": 1.0}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r | extra) + "\n" for _, r in rows))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmark -->\nold\n<!-- end -->\nafter\n")
+    argv = ["--report", "--output_dir", str(tmp_path), "--readme", str(readme)]
+    evaluate.main(argv)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    found = {r.split("|")[1].strip(): r for r in text.splitlines() if r.startswith("|")}
+    assert ".710 <" in found["worse"] and "<" not in found["same"] and ">" not in found["same"]
+    evaluate.main(argv)
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("wins, n, low, high", [(7, 10, .3475, .9333), (0, 10, 0, .3085), (10, 10, .6915, 1), (50, 100, .3983, .6017)])
+def test_the_binomial_interval_is_clopper_and_pearsons(wins, n, low, high):
+    assert report.binomial_interval(wins, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+# -- judges -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hub_judges(tmp_path_factory):
+    """A folder with tiny random encoders of the classes that JUDGES names."""
+    from transformers import (CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel, ViTConfig,
+                              ViTModel)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("judges")
+    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "data" / "emoji" / "base" / "teacher" / "tokenizer")
+    text = dict(tiny, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = dict(tiny, image_size=32, patch_size=8)
+    made = {"paper/clip": CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)),
+            "paper/dino": Dinov2Model(Dinov2Config(**vision)), "dreambooth/dino": ViTModel(ViTConfig(**vision)),
+            "siglip2/clip": SiglipModel(SiglipConfig(text_config=text, vision_config=vision))}
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    for name in ("paper", "siglip2"):
+        tokenizer.save_pretrained(folder / name / "clip")
+    return folder
+
+
+def test_judges_of_each_class_give_unit_embeddings_of_pictures_and_prompts(hub_judges):
+    x = torch.rand(3, 3, 64, 64) * 2 - 1
+    for name, statistics in (("paper/clip", evaluate.CLIP), ("siglip2/clip", evaluate.HALF)):
+        judge = evaluate.HubJudge(hub_judges / name, 32, statistics, "cpu")
+        a, b = judge.embed(x), judge.embed_text(["a dog", "a cat on the beach"])
+        assert a.shape[1] == b.shape[1] and torch.allclose(a.norm(dim=1), torch.ones(3)) and torch.allclose(b.norm(dim=1), torch.ones(2))
+        assert not torch.allclose(b[0], b[1])
+    for name in ("paper/dino", "dreambooth/dino"):
+        a = evaluate.HubJudge(hub_judges / name, 32, evaluate.IMAGENET, "cpu").embed(x)
+        assert a.shape == (3, 32) and torch.allclose(a.norm(dim=1), torch.ones(3))
+
+
+def test_a_hub_judge_sees_what_the_models_own_processor_would_show_it(hub_judges):
+    from transformers import CLIPImageProcessor
+    judge = evaluate.HubJudge(hub_judges / "paper" / "clip", 32, evaluate.CLIP, "cpu")
+    x = (torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).round()
+    seen = []
+    judge.model.get_image_features = lambda pixel_values: seen.append(pixel_values) or torch.ones(1, 4)
+    judge.embed(x / 127.5 - 1)
+    picture = Image.fromarray(x[0].permute(1, 2, 0).byte().numpy())
+    own = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)(picture, return_tensors="pt").pixel_values
+    assert (seen[0] - own).abs().mean() < .01  # the processor rounds to 8 bits after each pass of its resizing
+
+
+def test_the_probes_find_in_the_worlds_own_drawings_what_the_prompts_ask():
+    encoder = evaluate.Encoder(ROOT / "data" / "emoji" / "base" / "judges" / "clip")
+    with torch.no_grad():
+        truths = evaluate.Truths(encoder, samples=1000)
+        templates = evaluate.read_spec("emoji")["prompts"]["object"]
+        images = __import__("world").illustrate("teapot", templates * 4, torch.Generator().manual_seed(0))
+        right, wrong = truths.score(images, templates), truths.score(images, templates[7:] + templates[:7])
+    assert truths.ceiling["place"] > .95 and truths.ceiling["count"] > .85 and truths.ceiling["colour"] > .6
+    assert right["place"] > .95 and right["count"] > .85 and right["colour"] > .6
+    assert wrong["place"] < .5 and wrong["count"] < .8 and wrong["colour"] < .4
+
+
+# -- one run ----------------------------------------------------------------------------------------------------
+
+def test_a_run_is_scored_and_an_untouched_student_has_not_drifted(concept, capsys):
+    run = train(*SHORT.split())
+    evaluate.main(["--run", str(run), "--num_seeds", "1", "--steps", "2"])
+    scores = json.loads((run / "scores.json").read_text())
+    assert {"student, 1 step", "student, 2 steps", "teacher, 16 steps", "untouched student, 1 step"} <= set(scores["scores"])
+    drift = [scores["scores"][k]["drift"] for k in ("untouched student, 1 step", "student, 1 step")]
+    assert abs(drift[0]) < 1e-4 < drift[1]
+    assert scores["judges"]["clip"].endswith("judges/clip") and (run / "contact.png").is_file()
+    assert "| student, 1 step" in capsys.readouterr().out
+
+
+# -- benchmark --------------------------------------------------------------------------------------------------
+
+def benchmark(*flags):
+    return ["--benchmark", "emoji", "--num_seeds", "1", "--device", "cpu", "--output_dir", "bench", *map(str, flags)]
+
+
+def lines(folder="bench"):
+    rows = [json.loads(r) for r in open(os.path.join(folder, "results.jsonl"), encoding="utf-8")]
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
+
+
+def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_again(hub_judges, capsys):
+    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0", "--methods", "untouched", "--method", f"short={SHORT}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "evaluate.py"), *benchmark(*flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parallel = lines()
+    assert len(parallel) == 4 and "2 process(es)" in done.stdout
+    os.rename("bench", "parallel")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    evaluate.main(benchmark(*flags))
+    torch.set_num_threads(threads)
+    assert lines() == parallel
+    stamps = {p: p.stat().st_mtime_ns for p in __import__("pathlib").Path("bench/jobs").rglob("*.json")}
+    capsys.readouterr()
+    evaluate.main(benchmark(*flags))
+    assert "4 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    page = open("bench/report.html", encoding="utf-8").read()
+    assert "data:image/webp;base64," in page and "http" not in page and "untouched" in page
+    code, message = exit_of(evaluate.main, benchmark(*flags[:-1], "short=--max_train_steps 3"), capsys)
+    assert code == 2 and "other flags" in message
+
+
+def test_dreambench_reads_photos_and_the_lists_of_both_kinds(hub_judges, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for subject in ("backpack", "dog"):
+        (tmp_path / "photos" / subject).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "photos" / subject / f"{i:02d}.jpg")
+    spec = evaluate.read_spec("dreambench")
+    assert len(spec["subjects"]) == 30 and {len(v) for v in spec["prompts"].values()} == {25}
+    assert sum(word in spec["live"] for word in spec["subjects"].values()) == 9
+    flags = ["--benchmark", "dreambench", "--data", str(tmp_path / "photos"), "--judges", str(hub_judges / "paper"), "--num_seeds", "1",
+             "--seeds", "0", "--method", f"short={SHORT}", "--output_dir", "bench", "--subjects"]
+    code, message = exit_of(evaluate.main, flags + ["2"], capsys)
+    assert code == 2 and "lacks backpack_dog" in message and "download.py" in message
+    evaluate.main(flags + ["1"])
+    (row,) = lines()
+    assert row["subject"] == "backpack" and set(row["scores"]["student, 1 step"]) == {"CLIP-T", "CLIP-I", "DINO", "identity", "drift"}
+
+
+def test_the_photos_are_fetched_whole_or_not_at_all(tmp_path, capsys):
+    import tarfile
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for name in ("dreambooth-main/dataset/dog/00.jpg", "dreambooth-main/dataset/../../evil.jpg", "dreambooth-main/README.md"):
+            archive.add(tmp_path / "a.jpg", name)
+    download.main(["--url", (tmp_path / "x.tar.gz").as_uri(), "--output", "got"])
+    assert [str(p.relative_to("got")) for p in __import__("pathlib").Path("got").rglob("*.jpg")] == ["dog/00.jpg"]
+    (tmp_path / "y.tar.gz").write_bytes((tmp_path / "x.tar.gz").read_bytes()[:100])
+    code, message = exit_of(download.main, ["--url", (tmp_path / "y.tar.gz").as_uri(), "--output", "half"], capsys)
+    assert code == 2 and "--url" in message and not os.path.exists("half")
+
+
+# -- blind sheet ------------------------------------------------------------------------------------------------
+
+def test_the_sheet_hides_which_is_which_and_the_tally_finds_it_again(tmp_path, capsys):
+    pictures = [(f"prompt {i}", Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")) for i in range(40)]
+    report.ab_sheet(pictures, [], ("runs/secret_a", "runs/secret_b"), tmp_path, seed=0)
+    page = (tmp_path / "sheet.html").read_text()
+    assert "secret" not in page
+    trials = json.loads(re.search(r"const trials = (\[.*?\]), votes", page).group(1))
+    red = report.png_base64(pictures[0][1])
+    assert 10 < sum(t["left"] == red for t in trials) < 30 and [t["number"] for t in trials] != list(range(40))
+    sheet = json.loads((tmp_path / "key.json").read_text())["sheet"]
+    votes = [{"trial": t["number"], "choice": "left" if (t["left"] == red) == (i < 30) else "right"} for i, t in enumerate(trials)]
+    (tmp_path / "votes.json").write_text(json.dumps({"sheet": sheet, "votes": votes}))
+    evaluate.main(["--tally", str(tmp_path / "votes.json")])
+    assert "runs/secret_a" in (said := capsys.readouterr().out) and "30 of 40 votes: 75.0%" in said
+    (tmp_path / "votes.json").write_text(json.dumps({"sheet": "other", "votes": votes}))
+    code, message = exit_of(evaluate.main, ["--tally", tmp_path / "votes.json"], capsys)
+    assert code == 2 and "another sheet" in message
+
+
+def test_two_runs_of_one_subject_make_a_sheet(concept):
+    run = train(*SHORT.split())
+    os.rename(run, "out/a")
+    evaluate.main(["--ab_sheet", "out/a", str(train(*SHORT.split(), "--seed", "1")), "--num_seeds", "1"])
+    page = open("out/ab/sheet.html").read()
+    assert page.count('"prompt": ') == 25 and "on the beach" in page
