@@ -133,6 +133,8 @@ def parse_arguments(argv=None):
             and not os.path.isfile(Path(args.base, "base.json")):
         fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     recipe = RECIPES["paper" if args.paper_exact else find_base(args.base).recipe]
+    if args.train_unet == "lora" and args.carry is None:
+        args.carry = False  # low-rank factors of one network mean nothing in another
     for name, value in ({"mixed_precision": "bf16", "swd_positions": 16384} | recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
