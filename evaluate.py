@@ -109,10 +109,16 @@ class EmbeddedJudge:
         return self.encoder.embed_text(self.tokenizer, prompts)
 
 
+def own_judges(base):
+    """The folder of judges that ships with a base, which may not be there."""
+    entry = BASES.get(base, base)
+    return Path("none" if isinstance(entry, dict) else entry) / "judges"
+
+
 def load_judges(name, base, tokenizer, device):
     """{"clip", "dino"} of the set `name`: "embedded" (the base's own judges/), a key of JUDGES, or a folder with clip/ and dino/."""
     if name == "embedded":
-        folder = Path(BASES.get(base, base)) / "judges"
+        folder = own_judges(base)
         return {"clip": EmbeddedJudge(folder / "clip", tokenizer, device), "dino": EmbeddedJudge(folder / "identity", tokenizer, device)}
     if name in JUDGES:
         clip, dino = JUDGES[name]
@@ -240,8 +246,7 @@ def templates_for(spec, word):
 
 @torch.no_grad()
 def evaluate_run(args):
-    folder, flags = read_run(args.run)
-    device, _ = pick_device(args.device)
+    folder, flags, (device, _) = args.run, args.flags, pick_device(args.device)
     photo_paths(flags["concept"])
     pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
     spec = read_spec("emoji" if args.judges == "embedded" else "dreambench")
@@ -336,14 +341,14 @@ def run_job(job, args, methods, subjects, scorer, device):
 @torch.no_grad()
 def compare_blind(args):
     """The A/B sheet of two runs of one subject: the benchmark's prompts x seeds, one step each."""
-    runs, pictures = [read_run(folder) for folder in args.ab_sheet], []
+    runs, pictures = [read_run(folder, base=args.base) for folder in args.ab_sheet], []
     if runs[0][1]["concept"] != runs[1][1]["concept"]:
         fail(f"--ab_sheet compares two runs of one subject, not of {runs[0][1]['concept']} and {runs[1][1]['concept']}")
     device, _ = pick_device(args.device)
     for folder, flags in runs:
         pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
         load_run(folder, pair)
-        spec = read_spec("emoji" if (Path(BASES.get(flags["base"], flags["base"])) / "judges").is_dir() else "dreambench")
+        spec = read_spec("emoji" if own_judges(flags["base"]).is_dir() else "dreambench")
         templates = templates_for(spec, flags["class_word"])
         prompts = [t.replace("{}", f"{flags['token']} {flags['class_word']}") for t in templates]
         pictures.append(to_pil(draw(pair, ("student", 1), prompts, args.num_seeds, 1.0)))
@@ -403,9 +408,10 @@ def run_benchmark(args):
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", help="folder that train.py wrote; default: the newest under out/")
+    p.add_argument("--base", help="folder of the base, for a run that was trained on one")
     p.add_argument("--steps", default="", help="more step counts for the student, such as 2,4")
     p.add_argument("--num_seeds", type=int, default=4, help="pictures per prompt and model")
-    p.add_argument("--judges", help=f"embedded, {', '.join(JUDGES)}, or a folder with clip/ and dino/; default: embedded, dreambench: siglip2")
+    p.add_argument("--judges", help=f"embedded, {', '.join(JUDGES)}, or a folder with clip/ and dino/; default: embedded where the base has its own, else siglip2")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g = p.add_argument_group("benchmark")
     g.add_argument("--benchmark", choices=["emoji", "dreambench"], help="compare methods over many subjects")
@@ -426,8 +432,9 @@ def parse_arguments(argv=None):
     g.add_argument("--tally", metavar="VOTES", help="votes.json saved from a sheet; prints who won, with its exact interval")
     g.add_argument("--seed", type=int, default=0, help="of the sheet's order")
     args = p.parse_args(argv)
-    args.judges = args.judges or ("siglip2" if args.benchmark == "dreambench" else "embedded")
-    if args.judges != "embedded" and args.judges not in JUDGES and not all(Path(args.judges, k, "config.json").is_file() for k in ("clip", "dino")):
+    if args.benchmark:
+        args.judges = args.judges or ("siglip2" if args.benchmark == "dreambench" else "embedded")
+    if args.judges not in (None, "embedded") and args.judges not in JUDGES and not all(Path(args.judges, k, "config.json").is_file() for k in ("clip", "dino")):
         fail(f"--judges {args.judges} is neither embedded, {', '.join(JUDGES)} nor a folder with clip/ and dino/ in it")
     for name in ("num_seeds", "subjects"):
         if getattr(args, name) < 1:
@@ -450,7 +457,8 @@ def parse_arguments(argv=None):
         if any("=" not in m for m in args.method or []):
             fail("--method takes NAME=FLAGS, such as --method 'slow=--student_lr 1e-5'")
     elif not args.ab_sheet and not args.tally and not args.report:
-        args.run, _ = read_run(args.run)
+        args.run, args.flags = read_run(args.run, base=args.base)
+        args.judges = args.judges or ("embedded" if own_judges(args.flags["base"]).is_dir() else "siglip2")
     return args
 
 
