@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # two threads wait for each other whenever a core is busy: ten times slower then, and no faster else
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels run on the CPU, as numpy
 

@@ -15,6 +15,7 @@ from data.images import fail, write_atomically
 
 HERE = Path(__file__).parent
 SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]
+FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
 COMPARED = ["CLIP-T", "CLIP-I", "DINO", "identity"]
 
 
@@ -103,8 +104,8 @@ def tables(results, reference):
             found = {s: paired(results, other, (method, model), s) for s in COMPARED}
             if other != (method, model) and all(found.values()):
                 differences.append([f"{method}: {model}", other[1], found["DINO"][3],
-                                    *(f"{d:+.3f} [{low:+.3f}, {high:+.3f}]{' *' if low > 0 or high < 0 else ''}"
-                                      for d, low, high, _ in found.values())])
+                                    *(f"{d:+.3f} [{low:+.3f}, {high:+.3f}]{' *' if n >= FEWEST and (low > 0 or high < 0) else ''}"
+                                      for d, low, high, n in found.values())])
     return (markdown(["method", "model", "subjects x seeds", *SCORES, "iterations", "CPU s"], scores),
             markdown(["row", f"against {reference}'s", "subjects", *(f"{s} difference" for s in COMPARED)], differences))
 
@@ -120,6 +121,7 @@ def short_table(results, reference):
         for score in SCORES:
             values = list(by_subject(results, method, model, score).values())
             found = paired(results, (reference, model), (method, model), score) if method != reference else None
+            found = found if found and found[3] >= FEWEST else None
             mark = " <" if found and found[1] > 0 else " >" if found and found[2] < 0 else ""
             cells.append(f"{np.mean(values):.3f}{mark}" if values else None)
         lines = [line for line in results.values() if line["method"] == method]
@@ -166,7 +168,7 @@ def write(folder, reference, shown=6):
     scores, differences = tables(results, reference)
     sets = ", ".join(sorted({line["judges"] for line in results.values()}))
     text = (f"Judges: {sets}. Means over subjects of the mean over seeds; [95 % bootstrap interval over subjects].\n\n{scores}\n\n"
-            f"{reference} minus the row, paired by subject and seed; * where the interval excludes 0.\n\n{differences}\n\n"
+            f"{reference} minus the row, paired by subject and seed; * where the interval excludes 0 (from {FEWEST} subjects on).\n\n{differences}\n\n"
             + "".join(f"- {m}: `python train.py --concept SUBJECT --seed SEED {flags}`\n" for m, flags in
                       {line["method"]: line["flags"] for line in results.values()}.items() if flags is not None))
     write_atomically(folder / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
