@@ -166,7 +166,8 @@ class Truths:
 
     def score(self, images, templates):
         """Shares of pictures (S * P, 3, H, W) whose place, number of objects and colour are as the P templates ask."""
-        seen = {k: (self.features(images) @ w).argmax(1).view(-1, len(templates)) for k, w in self.probes.items()}
+        features = self.features(images)
+        seen = {k: (features @ w).argmax(1).view(-1, len(templates)) for k, w in self.probes.items()}
         asked = {"place": [next((i for i, p in enumerate(self.places) if t.endswith(p)), -1) for t in templates],
                  "count": [1 + (" next to " in t) for t in templates],
                  "colour": [next((i for i, c in enumerate(self.colours) if f" {c} {{}}" in t), -1) for t in templates]}

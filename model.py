@@ -378,7 +378,7 @@ def trainable_parameters(unet, which, rank=8):
     """{name: parameter} of a UNet that training moves: "kv" (paper), "attention", "all", or "lora" of the given rank."""
     if which == "lora":
         for name, module in list(unet.named_modules()):
-            if isinstance(module, nn.Linear) and (".attn1." in name or ".attn2." in name):
+            if isinstance(module, nn.Linear) and moves(name, which):
                 parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
     return {n: p for n, p in unet.named_parameters() if (".parametrizations.weight.0." in n if which == "lora" else moves(n, which))}
 

@@ -24,7 +24,7 @@ from data.images import curves, fail, grid, load_photo, load_photos, load_prompt
 from kernels.dispatch import resolve
 from kernels.guided_mse import guided_mse
 from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints, compile_networks, find_base, load_encoders, load_pair,
-                   load_tokenizer, merge_low_rank, pick_device, read_checkpoint, read_config, restore, save_checkpoint, save_json,
+                   load_tokenizer, merge_low_rank, moves, pick_device, read_checkpoint, read_config, restore, save_checkpoint, save_json,
                    save_memory, save_run, trainable_parameters)
 
 MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
@@ -285,9 +285,9 @@ def main(argv=None):
     if not args.share_text:
         pair.unshare_text()
         rows["student_row"] = pair.student_text.row
+
     def groups(weights):  # keys and values of cross-attention, which read the token, may learn at another rate
-        kv = {k for k in weights if ".attn2.to_k." in k or ".attn2.to_v." in k}
-        parts = ([v for k, v in weights.items() if (k in kv) == inside] for inside in (True, False))
+        parts = ([v for k, v in weights.items() if moves(k, "kv") == inside] for inside in (True, False))
         return [{"params": part, "rate": rate} for part, rate in zip(parts, (args.kv_rate, 1.0)) if part]
 
     optimizers = {

@@ -103,16 +103,25 @@ def cells(projection, centre, MANTISSA: tl.constexpr, OCTAVES: tl.constexpr, PLA
 
 
 @jit
-def histogram_kernel(x, weights, centre, table, positions, columns, plane, line, step, filters, padded,
-                     MANTISSA: tl.constexpr, OCTAVES: tl.constexpr, PLACE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
-                     SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """Add M patches of image b on N filters to table (B, filters, CELLS) int64."""
+def locate(x, weights, centre, positions, columns, plane, line, step, filters, padded,
+           MANTISSA: tl.constexpr, OCTAVES: tl.constexpr, PLACE: tl.constexpr, WIDE: tl.constexpr,
+           SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """This program's image b, patches pos and filters k, and where they fall: cell and place (M, N), row of a table (1, N)."""
     b = tl.program_id(2).to(tl.int64)
     pos = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     k = tl.program_id(1) * N + tl.arange(0, N)
     acc = project(x + b * 3 * plane, weights, pos, positions, columns, plane, line, step, k, padded, SIZE, M, N, PRECISION)
     cell, place = cells(acc, tl.load(centre + b * padded + k)[None, :], MANTISSA, OCTAVES, PLACE, WIDE)
-    row = (b * filters + k)[None, :] * (2 * OCTAVES << MANTISSA)
+    return b, pos, k, cell, place, (b * filters + k)[None, :] * (2 * OCTAVES << MANTISSA)
+
+
+@jit
+def histogram_kernel(x, weights, centre, table, positions, columns, plane, line, step, filters, padded,
+                     MANTISSA: tl.constexpr, OCTAVES: tl.constexpr, PLACE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
+                     SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """Add M patches of image b on N filters to table (B, filters, CELLS) int64."""
+    b, pos, k, cell, place, row = locate(x, weights, centre, positions, columns, plane, line, step, filters, padded,
+                                        MANTISSA, OCTAVES, PLACE, WIDE, SIZE, M, N, PRECISION)
     tl.atomic_add(table + row + cell, place.to(tl.int64) + (1 << COUNT), sem="relaxed",
                   mask=(pos < positions)[:, None] & (k < filters)[None, :])
 
@@ -122,12 +131,8 @@ def sign_kernel(x, weights, centre, sign, out, positions, columns, plane, line, 
                 MANTISSA: tl.constexpr, OCTAVES: tl.constexpr, PLACE: tl.constexpr, WIDE: tl.constexpr,
                 SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
     """Look up the sign of each projection, sign (B, filters, CELLS) int8, into out (B, P, padded) int8, 0 for padding filters."""
-    b = tl.program_id(2).to(tl.int64)
-    pos = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    k = tl.program_id(1) * N + tl.arange(0, N)
-    acc = project(x + b * 3 * plane, weights, pos, positions, columns, plane, line, step, k, padded, SIZE, M, N, PRECISION)
-    cell, _ = cells(acc, tl.load(centre + b * padded + k)[None, :], MANTISSA, OCTAVES, PLACE, WIDE)
-    row = (b * filters + k)[None, :] * (2 * OCTAVES << MANTISSA)
+    b, pos, k, cell, _, row = locate(x, weights, centre, positions, columns, plane, line, step, filters, padded,
+                                        MANTISSA, OCTAVES, PLACE, WIDE, SIZE, M, N, PRECISION)
     valid = (pos < positions)[:, None]
     found = tl.load(sign + row + cell, mask=valid & (k < filters)[None, :], other=0)
     tl.store(out + (b * positions + pos)[:, None] * padded + k[None, :], found, mask=valid)

@@ -87,18 +87,23 @@ def row_names(results):
                                        order.index(r[0]) if r[0] in order else len(order)))
 
 
+def cost(results, method):
+    """(subjects x seeds, iterations, mean CPU seconds) of a method's trainings, for a table."""
+    lines = [line for line in results.values() if line["method"] == method]
+    return (f"{len({x['subject'] for x in lines})} x {len({x['seed'] for x in lines})}", lines[0]["iterations"],
+            f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}")
+
+
 def tables(results, reference):
     """(scores, paired differences) as Markdown."""
     scores, differences = [], []
     for method, model in row_names(results):
-        lines = [line for line in results.values() if line["method"] == method]
-        cells = []
+        (size, iterations, seconds), cells = cost(results, method), []
         for score in SCORES:
             values = list(by_subject(results, method, model, score).values())
             cells.append(None if not values else f"{np.mean(values):.3f} [{', '.join(f'{v:.3f}' for v in interval(values))}]"
                          if score in COMPARED else float(np.mean(values)))
-        scores.append([method, model, f"{len({x['subject'] for x in lines})} x {len({x['seed'] for x in lines})}", *cells,
-                       lines[0]["iterations"], f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}"])
+        scores.append([method, model, size, *cells, iterations, seconds])
         against = [(reference, "student, 1 step")] + [(reference, model)] * model.startswith("teacher")
         for other in against:
             found = {s: paired(results, other, (method, model), s) for s in COMPARED}
@@ -117,16 +122,14 @@ def short_table(results, reference):
     """
     rows = []
     for method, model in row_names(results):
-        cells = []
+        (size, _, seconds), cells = cost(results, method), []
         for score in SCORES:
             values = list(by_subject(results, method, model, score).values())
             found = paired(results, (reference, model), (method, model), score) if method != reference else None
             found = found if found and found[3] >= FEWEST else None
             mark = " <" if found and found[1] > 0 else " >" if found and found[2] < 0 else ""
             cells.append(f"{np.mean(values):.3f}{mark}" if values else None)
-        lines = [line for line in results.values() if line["method"] == method]
-        rows.append([method, model, f"{len({x['subject'] for x in lines})} x {len({x['seed'] for x in lines})}", *cells,
-                     f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}"])
+        rows.append([method, model, size, *cells, seconds])
     return markdown(["method", "model", "subjects x seeds", *SCORES, "CPU s"], rows)
 
 

@@ -19,6 +19,7 @@ keeps its own up to a small unnamed jitter; where it names no place, the place i
     python data/emoji/world.py                                          # the speed, 64 captions and a grid
     python data/emoji/world.py --subject "dog face" --output data/dog   # five pictures of one held-out individual
 """
+import functools
 import json
 import math
 import re
@@ -204,6 +205,7 @@ def flat_background(colour, rng):
     return gradient(base + light, base - light, rng, .03)
 
 
+@functools.cache  # drawn once for all worlds of a process: some 1,200 pictures, that nobody writes into
 def backgrounds():
     """(len(PLACES), VARIANTS, 3, SIZE, SIZE) uint8: the bank of pre-drawn places."""
     bank = np.empty((len(PLACES), VARIANTS, SIZE, SIZE, 3), np.uint8)
