@@ -371,7 +371,8 @@ def run_benchmark(args):
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     results = report.read_results(out)
-    jobs = [(m, s, seed) for seed in args.seeds for i, s in enumerate(subjects) for m in methods if i < methods[m]["subjects"]]
+    jobs = [(m, s, seed) for seed in args.seeds for i, s in enumerate(subjects) for m in methods
+            if i < methods[m]["subjects"] and (methods[m]["flags"] is not None or seed == args.seeds[0])]  # an untrained model has no seed
     for job in jobs:
         if job in results and results[job]["flags"] != methods[job[0]]["flags"]:
             fail(f"{out} holds results of {job[0]!r} with other flags ({results[job]['flags']}); take another --output_dir")

@@ -51,7 +51,7 @@ def parser():
     g.add_argument("--student", help="folder or hub repository in place of the base's student")
     g.add_argument("--paper_exact", action=yes_no, default=False, help="the released settings, and images unnormalised before encoders and SWD")
     g.add_argument("--resolution", type=int, help="pixels along one side; default: the student's own")
-    g.add_argument("--carry", action=yes_no, default=None, help="every step of the teacher's weights moves the student's too (paper: no)")
+    g.add_argument("--carry", action=yes_no, default=None, help="every step of the teacher's weights in the joint stage moves the student's too (paper: no)")
     g.add_argument("--train_unet", choices=["kv", "attention", "all", "lora"], help="which UNet weights move (paper: kv)")
     g.add_argument("--lora_rank", type=int, default=8, help="of --train_unet lora, in every attention layer")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -73,7 +73,7 @@ def parser():
     g.add_argument("--kv_rate", type=float, help="learning rate of cross-attention keys and values, as a multiple of their UNet's (paper: 1)")
     g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
     g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
-    g.add_argument("--lr_decay", type=float, help="last share of all iterations in which the learning rates fall to 0 (paper: 0)")
+    g.add_argument("--lr_decay", type=float, help="last share of each stage in which the learning rates fall to 0 (paper: 0)")
     g.add_argument("--weight_decay", type=float, default=1e-2, help="AdamW, not on the token; 0 switches it off")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each role are clipped to this norm")
     g.add_argument("--seed", type=int, default=42, help="of everything; same seed, same bytes on a CPU")
@@ -107,6 +107,7 @@ def parser():
 
     g = p.add_argument_group("echo")
     g.add_argument("--echo_steps", type=int, help="iterations of the echo stage; 0 switches it off")
+    g.add_argument("--echo_rate", type=float, help="learning rates of the echo stage, as a multiple of the joint stage's")
     g.add_argument("--echo_real_only", action=yes_no, default=False, help="control: as many iterations without the echo")
     g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
     g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
@@ -155,7 +156,7 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "checkpoints_total_limit", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
                  "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "swd_positions", "lpips_weight", "weight_decay", "reconstruction_weight",
-                 "guidance_scale", "kv_rate", "denoising_weight", "echo_weight"):
+                 "guidance_scale", "kv_rate", "denoising_weight", "echo_weight", "echo_rate"):
         if not 0 <= getattr(args, name) < float("inf"):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
@@ -413,7 +414,7 @@ def main(argv=None):
     def gather_echo():
         """The student draws templates and scenes; the best samples by identity, faithful and distinct, come back."""
         g = torch.Generator().manual_seed(args.seed + 1)
-        kinds = prompts["templates"] + prompts["scenes"]
+        kinds = [p for p in prompts["templates"] + prompts["scenes"] if re.search(r"\b(a|an|the|one) {}(?! next to)", p)]  # the subject as it is, alone
         number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
         subjects = [kinds[i] for i in number.tolist()]
         images, embeddings, fidelity = [], {"clip": [], "identity": []}, []
@@ -429,9 +430,11 @@ def main(argv=None):
         photo = encoders["identity"].embed(encoders["identity"].features(photos))
         identity, fidelity = (torch.cat(embeddings["identity"]) @ photo.T).mean(1), torch.cat(fidelity)
 
-        def beside_its_prompt(score):  # prompts differ in how high they score; compare within each
+        def beside_its_prompt(score):  # prompts differ in how high and how widely they score; standardise within each
             same = F.one_hot(number, len(kinds)).float().to(score.device)
-            return score - (same @ ((same.T @ score) / same.sum(0).clamp(min=1)))
+            same = same / same.sum(0).clamp(min=1).sqrt()  # same @ same.T averages over samples of one prompt
+            score = score - same @ (same.T @ score)
+            return score / (same @ (same.T @ score.square())).sqrt().clamp(min=1e-6)
 
         keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(embeddings["clip"]),
                                   max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
@@ -452,13 +455,14 @@ def main(argv=None):
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
-        phase = args.max_train_steps if args.sequential else total
+        joint = step < args.max_train_steps
+        length, rate = (args.echo_steps, args.echo_rate) if args.echo_steps and not joint else (args.max_train_steps, 1.0)
+        rate *= min(1, (length - (step if joint else step - args.max_train_steps)) / max(1, args.lr_decay * length))
         for k, o in optimizers.items():
             for group in o.param_groups:
-                decay = min(1, (phase - step % phase) / max(1, args.lr_decay * phase))
-                group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * decay
+                group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * rate
             o.zero_grad()
-        if step >= args.max_train_steps and echo is None and not args.echo_real_only:
+        if not joint and args.echo_steps and echo is None and not args.echo_real_only:
             echo = gather_echo()
             known, known_echo = study_all()
 
@@ -483,7 +487,7 @@ def main(argv=None):
         z = real["z"]
         t_all, eps_all, z_all = torch.cat([t, t_echo]).to(device), torch.cat([eps, eps_echo]), torch.cat([z, echoed["z"]])
         t, mask_z = t.to(device), F.interpolate(mask, size=shape[1:], mode="area")
-        if teaches and not (args.sequential and step >= args.max_train_steps):
+        if teaches and (joint or not args.sequential):
             with autocast():
                 out_teacher = pair.teacher(pair.teacher.add_noise(z_all, eps_all, t_all), t_all, pair.text(captions + captions_echo))
             target = pair.teacher.target(z_all, eps_all, t_all)
@@ -494,7 +498,8 @@ def main(argv=None):
                 loss = loss + args.echo_weight * terms["echo"]
             (scale * loss).backward()
             norms["teacher's gradient"] = clip(moved["teacher"].values())
-            old = [p.detach().clone() for p in moved["teacher"].values()] if args.carry else []
+            # not in the echo stage: what the teacher learns from the student would push the student further the same way
+            old = [p.detach().clone() for p in moved["teacher"].values()] if args.carry and joint else []
             optimizers["teacher"].step()
             with torch.no_grad():
                 for theirs, new, was in zip(moved["student"].values(), moved["teacher"].values(), old):
@@ -505,7 +510,7 @@ def main(argv=None):
             terms["denoising"] = losses.reconstruction(out_student, pair.student.target(z, eps, t), mask_z)
             (scale * args.denoising_weight * terms["denoising"]).backward()
 
-        if draws and not (args.sequential and step < args.max_train_steps):
+        if draws and not (args.sequential and joint):
             # ---- 2. student: one step from pure noise
             in_scene = torch.rand(n, generator=g) < args.scene_prompts
             asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(asked_from, n, g),

@@ -54,8 +54,8 @@ def test_the_interval_of_a_mean_is_near_the_normal_one_and_repeats():
     assert report.interval(values) == (low, high) and report.interval([2., 2.]) == (2., 2.)
 
 
-def line(method, subject, seed, dino):
-    return (method, subject, seed), {"method": method, "subject": subject, "seed": seed, "scores": {"student, 1 step": {"DINO": dino}}}
+def line(method, subject, seed, dino, iterations=1):
+    return (method, subject, seed), {"method": method, "subject": subject, "seed": seed, "iterations": iterations, "scores": {"student, 1 step": {"DINO": dino}}}
 
 
 def test_paired_differences_use_only_what_both_methods_have():
@@ -63,11 +63,13 @@ def test_paired_differences_use_only_what_both_methods_have():
                     line("b", "cat", 0, .5), line("b", "dog", 0, .6)])
     mean, low, high, subjects = report.paired(results, ("a", "student, 1 step"), ("b", "student, 1 step"), "DINO")
     assert mean == pytest.approx(.3) and (low, high) == (pytest.approx(.2), pytest.approx(.4)) and subjects == 2
+    results |= dict([line("untouched", "cat", 0, .2, iterations=0)])  # one seed stands for all: (.9 + .1) / 2 - .2
+    assert report.paired(results, ("a", "student, 1 step"), ("untouched", "student, 1 step"), "DINO")[0] == pytest.approx(.3)
 
 
 def test_the_readmes_table_marks_what_differs_and_is_the_same_when_made_again(tmp_path):
     rows = [line(m, f"s{i}", 0, v + i % 3 / 100) for m, v in (("EchoDistill", .8), ("worse", .7), ("same", .8)) for i in range(12)]
-    extra = {"judges": "embedded", "flags": "", "iterations": 1, "train_cpu_seconds": 1.0}
+    extra = {"judges": "embedded", "flags": "", "train_cpu_seconds": 1.0}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r | extra) + "\n" for _, r in rows))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmark -->\nold\n<!-- end -->\nafter\n")
@@ -171,13 +173,14 @@ def lines(folder="bench"):
 
 
 def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_again(hub_judges, capsys):
-    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0", "--methods", "untouched", "--method", f"short={SHORT}"]
+    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0,1", "--methods", "untouched", "--method", f"short={SHORT}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "evaluate.py"), *benchmark(*flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parallel = lines()
-    assert len(parallel) == 4 and "2 process(es)" in done.stdout
+    assert [r["seed"] for r in parallel if r["method"] == "untouched"] == [0, 0]  # training's seed does not reach it
+    assert len(parallel) == 6 and "2 process(es)" in done.stdout
     os.rename("bench", "parallel")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -187,7 +190,7 @@ def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_agai
     stamps = {p: p.stat().st_mtime_ns for p in __import__("pathlib").Path("bench/jobs").rglob("*.json")}
     capsys.readouterr()
     evaluate.main(benchmark(*flags))
-    assert "4 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    assert "6 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
     page = open("bench/report.html", encoding="utf-8").read()
     assert "data:image/webp;base64," in page and "http" not in page and "untouched" in page
     code, message = exit_of(evaluate.main, benchmark(*flags[:-1], "short=--max_train_steps 3"), capsys)

@@ -52,6 +52,14 @@ def test_what_is_carried_to_the_student_is_the_teachers_change(concept):
         torch.testing.assert_close(after[k], student[k] + (v - teacher[k]), rtol=0, atol=1e-6)  # rounded step by step
 
 
+def test_the_echo_stage_teaches_the_teacher_and_carries_nothing_back(concept):
+    frozen = (*SHORT, "--student_lr", 0, "--train_unet", "kv", "--carry")
+    whole = [load_file(train(*frozen, "--echo_steps", steps, "--echo_samples", 16) / part / "unet_delta.safetensors")
+             for steps in (0, 2) for part in ("", "teacher")]
+    student, teacher, student_after, teacher_after = whole
+    assert all(torch.equal(student[k], student_after[k]) and not torch.equal(teacher[k], teacher_after[k]) for k in student)
+
+
 def test_a_sequential_run_first_trains_the_teacher_just_as_it_would_alone(concept):
     alone = train(*SHORT, "--echo_steps", 0, "--student_lr", 0, "--no-carry")
     expected = load_file(alone / "teacher" / "unet_delta.safetensors")

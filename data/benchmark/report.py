@@ -60,9 +60,13 @@ def by_subject(results, method, model, score):
 
 
 def paired(results, reference, row, score):
-    """(mean, low, high, subjects) of reference - row over subjects that both have, averaged over the seeds that both have."""
-    seeds = [{(s, seed) for m, s, seed in results if m == method} for method in (reference[0], row[0])]
-    common = {k: v for k, v in results.items() if k[1:] in seeds[0] & seeds[1]}
+    """(mean, low, high, subjects) of reference - row over subjects that both have, averaged over the seeds that both have.
+
+    A row without training has one seed, which stands for all of them.
+    """
+    trained = {k: v for k, v in results.items() if v["iterations"]}
+    seeds = [{(s, seed) for m, s, seed in trained if m == method} for method in (reference[0], row[0])]
+    common = {k: v for k, v in results.items() if k not in trained or not all(seeds) or k[1:] in seeds[0] & seeds[1]}
     a, b = by_subject(common, *reference, score), by_subject(common, *row, score)
     differences = [a[s] - b[s] for s in a if s in b]
     return (float(np.mean(differences)), *interval(differences), len(differences)) if differences else None
