@@ -290,8 +290,7 @@ def parse_arguments(argv=None):
     p.add_argument("--gradient_checkpointing", action=yes_no, default=False, help="as in train.py")
     p.add_argument("--compile", action=yes_no, default=False, help="as in train.py")
     args = p.parse_args(argv)
-    if args.base not in BASES and not Path(args.base, "teacher").is_dir():
-        fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
+    find_base(args.base)
     if args.random_weights and args.base not in FULL_SIZE:
         fail(f"--random_weights needs sizes that are written down: --base {' or '.join(FULL_SIZE)}")
     if args.steps < 0 or args.images < 0 or (args.train_batch_size or 1) < 1:

@@ -220,12 +220,14 @@ class Pair:
 def find_base(name, flags=None):
     """Where the parts of a base lie: name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
 
-    A folder may hold a base.json with the keys of an entry of BASES ("recipe": "sd-turbo", "prompts": "photo").
+    A folder holds teacher/ and student/, or a base.json with the keys of an entry of BASES ("recipe": "sd-turbo"); exit code 2 if neither.
     """
     entry, flags = BASES.get(name, name), flags or {}
     if not isinstance(entry, dict):
         folder = Path(entry)
         own = folder / "base.json"
+        if not own.is_file() and not all((folder / part).is_dir() for part in ("teacher", "student")):
+            fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
         entry = {part: str(folder / part) for part in ("teacher", "student", "encoders")} \
             | ({"tiny_vae": str(folder / "tiny_vae")} if (folder / "tiny_vae").is_dir() else {}) \
             | (json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {})

@@ -87,8 +87,7 @@ def read_run(folder=None, root="out", base=None):
     own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
     if base is None and own:
         fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
-    if base is not None and base not in BASES and not Path(base, "teacher").is_dir():
-        fail(f"--base {base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
+    find_base(base or flags["base"])
     check_run(folder, flags["token"])
     return folder, flags | {"base": base or flags["base"]}
 

@@ -6,7 +6,6 @@ A teacher and a one-step student train together around one text encoder (joint s
 echoed back to both (echo stage). README.md maps the paper to the code.
 """
 import argparse
-import os
 import re
 import shlex
 import shutil
@@ -130,9 +129,6 @@ def parse_arguments(argv=None):
     """Flags with the base's recipe filled in; everything that the input alone tells is refused here."""
     args = parser().parse_args(argv)
     args.base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
-    if args.base not in BASES and not all(os.path.isdir(Path(args.base, part)) for part in ("teacher", "student")) \
-            and not os.path.isfile(Path(args.base, "base.json")):
-        fail(f"--base {args.base} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
     recipe = RECIPES["paper" if args.paper_exact else find_base(args.base).recipe]
     if args.train_unet == "lora" and args.carry is None:
         args.carry = False  # low-rank factors of one network mean nothing in another
