@@ -533,7 +533,8 @@ def main(argv=None):
                     features_teacher = encoders["identity"].features(x_teacher)
 
             # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
-            realism = torch.where(in_scene.to(device), args.scene_adversarial_weight, args.adversarial_weight)
+            realism = torch.where(in_scene, args.scene_adversarial_weight, args.adversarial_weight)
+            comparable, realism = bool(realism.any()), realism.to(device)
             if args.identity_weight:
                 tokens = [encoders["identity"].tokens(f) for f in (features_s["identity"], features_teacher)]  # (B, T, d)
                 aligned = aligned + args.identity_weight * losses.identity_per_sample(*tokens)
@@ -554,7 +555,7 @@ def main(argv=None):
             if competes:
                 terms["adversarial"] = sum((realism * losses.adversarial_per_sample(h(features_s[k]))).mean() for k, h in heads.items())
                 for k, v in zip(heads, torch.autograd.grad(terms["adversarial"], list(features_s.values()), retain_graph=True)):
-                    pull[k].append(v.norm())
+                    pull[k] += [v.norm()] * comparable
             (scale * (terms["alignment"] + terms.get("adversarial", 0))).backward()
 
         norms["student's gradient"] = clip(moved["student"].values())
@@ -568,7 +569,7 @@ def main(argv=None):
             logits = {k: (h(torch.cat([real[k], echoed[k]])), h(features_s[k].detach())) for k, h in heads.items()}
             terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
             for k, v in logits.items():
-                right[k].append(losses.critic_accuracy(*v, judged))
+                right[k] += [losses.critic_accuracy(*v, judged)] * comparable
             optimizers["critic"].zero_grad()  # of what the student's loss left there
             (scale * terms["critic"]).backward()
             norms["critics' gradient"] = clip([p for h in heads.values() for p in h.parameters()])

@@ -81,15 +81,27 @@ def test_a_critic_that_has_won_is_reported_once(concept, monkeypatch, capsys):
         return logits.sum(1) * .1 ** len(count)
     monkeypatch.setattr(train_script.losses, "critic_accuracy", lambda *a: torch.tensor(1.))
     monkeypatch.setattr(train_script.losses, "adversarial_per_sample", fading)
-    train("--max_train_steps", 4, "--echo_steps", 0, "--adversarial_weight", 1)
+    train("--max_train_steps", 4, "--echo_steps", 0, "--adversarial_weight", 1, "--scene_prompts", 0)
     said = capsys.readouterr().out
     assert said.count("the clip critic has won") == 1 and said.count("the identity critic has won") == 1 and "--critic_lr" in said
 
 
 def test_a_critic_that_is_sometimes_wrong_has_not_won(concept, monkeypatch, capsys):
+    count = []
+
+    def fading(logits):
+        count.append(1)
+        return logits.sum(1) * .1 ** len(count)
     monkeypatch.setattr(train_script.losses, "critic_accuracy", lambda *a: torch.tensor(.99))
-    monkeypatch.setattr(train_script.losses, "adversarial_per_sample", lambda logits: logits.sum(1) * 0)
-    train("--max_train_steps", 2, "--echo_steps", 0)
+    monkeypatch.setattr(train_script.losses, "adversarial_per_sample", fading)
+    train("--max_train_steps", 2, "--echo_steps", 0, "--scene_prompts", 0)
+    assert "has won" not in capsys.readouterr().out
+
+
+def test_a_batch_of_scenes_alone_does_not_look_like_a_critic_that_has_won(concept, monkeypatch, capsys):
+    monkeypatch.setattr(train_script.losses, "critic_accuracy", lambda *a: torch.tensor(1.))
+    monkeypatch.setattr(train_script.losses, "adversarial_per_sample", lambda logits: logits.sum(1))
+    train("--max_train_steps", 8, "--echo_steps", 0, "--train_batch_size", 1, "--scene_prompts", .6)
     assert "has won" not in capsys.readouterr().out
 
 
