@@ -173,7 +173,7 @@ def lines(folder="bench"):
 
 
 def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_again(hub_judges, capsys):
-    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0,1", "--methods", "untouched", "--method", f"short={SHORT}"]
+    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0,1", "--methods", "untouched", "--reference", "short", "--method", f"short={SHORT}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "evaluate.py"), *benchmark(*flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -192,6 +192,8 @@ def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_agai
     evaluate.main(benchmark(*flags))
     assert "6 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
     page = open("bench/report.html", encoding="utf-8").read()
+    with Image.open("bench/pictures.webp") as sheet:  # of two subjects, the photo, a gap and eight pictures
+        assert sheet.size == (144 + 8 * 128, 2 * 128) and np.asarray(sheet)[:128, 144:].std() > 10
     assert "data:image/webp;base64," in page and "http" not in page and "untouched" in page
     code, message = exit_of(evaluate.main, benchmark(*flags[:-1], "short=--max_train_steps 3"), capsys)
     assert code == 2 and "other flags" in message

@@ -163,8 +163,26 @@ def html_table(text):
     return f"<table>{cells}</table>"
 
 
+def contact(folder, jobs, path):
+    """A row for each (method, subject, seed) of the emoji benchmark whose pictures are still there: a photo, then one-step pictures."""
+    rows = []
+    for job in jobs:
+        photo, picture = (folder / name for name in (f"concepts/{job[1]}/00.png", f"pictures/{file_name(job)}.png"))
+        if photo.is_file() and picture.is_file():
+            drawn = Image.open(picture)
+            drawn = drawn.crop((drawn.width - 8 * 128, 0, drawn.width, 128))  # without the label, the first model of two
+            rows.append(Image.new("RGB", (144 + drawn.width, 128), "white"))
+            rows[-1].paste(Image.open(photo).convert("RGB").resize((128, 128), Image.NEAREST))
+            rows[-1].paste(drawn, (144, 0))
+    if rows:
+        sheet = Image.new("RGB", (rows[0].width, 128 * len(rows)))
+        for i, row in enumerate(rows):
+            sheet.paste(row, (0, 128 * i))
+        write_atomically(path, lambda p: sheet.save(p, "WEBP", quality=85))
+
+
 def write(folder, reference, shown=6):
-    """results.jsonl (sorted), table.md and the self-contained report.html, from whatever is finished."""
+    """results.jsonl (sorted), table.md, pictures.webp and the self-contained report.html, from whatever is finished."""
     folder = Path(folder)
     results = read_results(folder)
     if not results:
@@ -180,6 +198,7 @@ def write(folder, reference, shown=6):
                       {line["method"]: line["flags"] for line in results.values()}.items() if flags is not None))
     write_atomically(folder / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
     first = [k for k in order if k[2] == order[0][2]]
+    contact(folder, [k for k in first if k[0] == reference][:2 * shown], folder / "pictures.webp")
     subjects = list(dict.fromkeys(k[1] for k in first))[:shown]
     figures = "".join(f"<h2>{html.escape(s)}</h2>" + "".join(
         f"<p>{html.escape(m)}</p>{embedded_png(picture)}" for m, subject, seed in first if subject == s
