@@ -111,8 +111,9 @@ def parser():
     g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
     g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
+    g.add_argument("--echo_gate", action=yes_no, default=True, help="of these, only what is more like the photos than the teacher's own samples of its prompt")
     g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of the echo stage, as a share of it")
-    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples, as if they were photos (paper: 1)")
+    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples, less where fewer than --echo_keep are good enough (paper: 1)")
     g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
 
     g = p.add_argument_group("logging and checkpoints")
@@ -404,27 +405,29 @@ def main(argv=None):
     def study_all():
         """The same of all photos (None where size augmentation makes new ones for ever) and of the echo, once."""
         return (None if args.size_augmentation else study(dataset.photos),
-                study(echo["images"]) if echo else None)
+                study(echo["images"]) if echo and len(echo["images"]) else None)
 
     @torch.no_grad()
     def gather_echo():
-        """The student draws templates and scenes; the best samples by identity, faithful and distinct, come back."""
+        """The student draws templates and scenes; the best by identity, faithful, distinct and better than the teacher's own, come back."""
         g = torch.Generator().manual_seed(args.seed + 1)
         kinds = [p for p in prompts["templates"] + prompts["scenes"] if re.search(r"\b(a|an|the|one) {}(?! next to)", p)]  # the subject as it is, alone
         number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
         subjects = [kinds[i] for i in number.tolist()]
-        images, embeddings, fidelity = [], {"clip": [], "identity": []}, []
-        for i in range(0, len(subjects), 32):
-            part = subjects[i:i + 32]
-            noise = torch.randn(len(part), *shape, generator=g).to(device)
-            x = pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1)
-            for k, rows in embeddings.items():
-                rows.append(encoders[k].embed(encoders[k].features(x)))
-            plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
-            fidelity.append((embeddings["clip"][-1] * plain).sum(1))
-            images.append(x)
         photo = encoders["identity"].embed(encoders["identity"].features(photos))
-        identity, fidelity = (torch.cat(embeddings["identity"]) @ photo.T).mean(1), torch.cat(fidelity)
+
+        def likeness(x):
+            return (encoders["identity"].embed(encoders["identity"].features(x)) @ photo.T).mean(1)
+
+        images, identity, fidelity, seen, own = [], [], [], [], []
+        for part in (subjects[i:i + 32] for i in range(0, len(subjects), 32)):
+            noise = torch.randn(len(part), *shape, generator=g).to(device)
+            images.append(pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1))
+            seen.append(encoders["clip"].embed(encoders["clip"].features(images[-1])))
+            plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
+            fidelity.append((seen[-1] * plain).sum(1))
+            identity.append(likeness(images[-1]))
+        identity, fidelity = torch.cat(identity), torch.cat(fidelity)
 
         def beside_its_prompt(score):  # prompts differ in how high and how widely they score; standardise within each
             same = F.one_hot(number, len(kinds)).float().to(score.device)
@@ -432,12 +435,19 @@ def main(argv=None):
             score = score - same @ (same.T @ score)
             return score / (same @ (same.T @ score.square())).sqrt().clamp(min=1e-6)
 
-        keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(embeddings["clip"]),
+        keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(seen),
                                   max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
+        if args.echo_gate:  # a teacher learns nothing good from what it draws better itself
+            for part in [kinds] * 2:
+                noise = torch.randn(len(part), *shape, generator=g).to(device)
+                own.append(likeness(pair.decode(pair.teacher.sample(noise, pair.text([fill(p) for p in part]), 8, empty, args.guidance_scale)).clamp(-1, 1)))
+            keep = keep[(identity[keep] > torch.stack(own).mean(0)[number[keep]]).cpu()]
         images = torch.cat(images)[keep]
-        shown = images[:64].split(8)
-        save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]), out / "echo.png")
-        print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f} -> {identity[keep].mean():.3f}")
+        if len(keep):
+            shown = images[:64].split(8)
+            save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]), out / "echo.png")
+        print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f}"
+              + (f" -> {identity[keep].mean():.3f}" if len(keep) else "; none is better than the teacher's own, so the stage goes on with the photos alone"))
         return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
 
     stop = []  # from here on, the first Ctrl-C asks for a checkpoint and the second ends the program at once
@@ -468,7 +478,7 @@ def main(argv=None):
         t = torch.randint(pair.teacher.last + 1, (n,), generator=g)
         eps = torch.randn(n, *shape, generator=g).to(device)
         m, captions_echo, t_echo, eps_echo = 0, [], t[:0], eps[:0]
-        if echo is not None:
+        if known_echo is not None:
             own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # so the control draws the same as this
             m = max(1, round(args.echo_share * n))
             pick = torch.randint(len(echo["images"]), (m,), generator=own)
@@ -491,7 +501,7 @@ def main(argv=None):
             loss = args.reconstruction_weight * terms["reconstruction"]
             if m:
                 terms["echo"] = losses.reconstruction(out_teacher[n:], target[n:])
-                loss = loss + args.echo_weight * terms["echo"]
+                loss = loss + args.echo_weight * min(1, len(echo["images"]) / (args.echo_keep * args.echo_samples)) * terms["echo"]
             (scale * loss).backward()
             norms["teacher's gradient"] = clip(moved["teacher"].values())
             # not in the echo stage: what the teacher learns from the student would push the student further the same way

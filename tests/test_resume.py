@@ -14,7 +14,7 @@ import train as train_script
 from conftest import ROOT, train
 from model import checkpoints, read_checkpoint, restore, save_checkpoint
 
-SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 2, "--log_steps", 3)
+SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--no-echo_gate", "--checkpointing_steps", 2, "--log_steps", 3)
 
 
 def files(run="out/dog"):

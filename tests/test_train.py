@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from conftest import ROOT, train
 from data.images import to_pil
 from model import load_encoders, load_pair, load_run
 
-SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 3, "--log_steps", 3)
+SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--no-echo_gate", "--checkpointing_steps", 3, "--log_steps", 3)
 
 
 def tensors(run):
@@ -89,10 +90,17 @@ def reference(tmp_path_factory):
         os.chdir(here)
 
 
-@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", 1), ("--echo_noise", 0), ("--echo_weight", 3), ("--echo_rate", 1)],
-                         ids=str)
+def test_where_no_sample_beats_the_teacher_the_stage_is_its_own_control(concept, monkeypatch, capsys):
+    control = tensors(train(*SHORT, "--echo_real_only"))
+    monkeypatch.setattr(train_script.losses, "select_echo", lambda *a: torch.arange(0))
+    assert same(tensors(train(*SHORT)), control) and not Path("out/dog/echo.png").exists()
+    assert "0 of 32 samples kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", 0), ("--echo_weight", 3),
+                                   ("--echo_rate", 1), ("--echo_gate",)], ids=str)
 def test_every_echo_flag_is_read(concept, flags):
-    short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48)
+    short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48, "--no-echo_gate")
     assert not same(tensors(train(*short)), tensors(train(*short, *flags)))
 
 
