@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from data.benchmark import report
-from data.images import fail, grid, load_photos, photo_paths, save_png, to_pil
+from data.images import as_it_is, fail, grid, load_photos, photo_paths, save_png, to_pil
 from model import BASES, Encoder, load_pair, load_run, pick_device, save_json
 from sample import read_run
 
@@ -220,9 +220,9 @@ class Scorer:
         clip, dino = self.embed("clip", images), self.embed("dino", images)
         plain = self.judges["clip"].embed_text([t.replace("{}", word) for t in templates])
         references = self.embed("dino", photos)
-        as_it_is = torch.tensor([" a {}" in f" {t}" for t in templates] * self.num_seeds)  # no adjective before the subject
+        unchanged = torch.tensor([as_it_is(t) for t in templates] * self.num_seeds)
         scores = {"CLIP-T": agreement(clip, plain.repeat(self.num_seeds, 1)), "CLIP-I": mean_cosine(clip, self.embed("clip", photos)),
-                  "DINO": mean_cosine(dino, references), "identity": mean_cosine(dino[as_it_is], references)}
+                  "DINO": mean_cosine(dino, references), "identity": mean_cosine(dino[unchanged], references)}
         if self.num_seeds > 1:
             scores["diversity"] = diversity(clip, self.num_seeds)
         if model[0] == "student":

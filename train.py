@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
+from data.images import as_it_is, curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
 from kernels.dispatch import resolve
 from kernels.guided_mse import guided_mse
 from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints, compile_networks, find_base, load_encoders, load_pair,
@@ -296,6 +296,7 @@ def main(argv=None):
                                     weight_decay=args.weight_decay)}
     state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, **heads}
     total = args.max_train_steps * (2 if args.sequential else 1) + args.echo_steps
+    most_echoed = max(1, round(args.echo_keep * args.echo_samples))
     teaches = args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0
     aligns = args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0
     competes = args.adversarial_weight + args.scene_adversarial_weight > 0
@@ -402,16 +403,14 @@ def main(argv=None):
                 seen.append({"z": z} | {k: encoders[k].features(x) for k in heads})
         return {k: torch.cat([row[k] for row in seen]) for k in seen[0]}
 
-    def study_all():
-        """The same of all photos (None where size augmentation makes new ones for ever) and of the echo, once."""
-        return (None if args.size_augmentation else study(dataset.photos),
-                study(echo["images"]) if echo and len(echo["images"]) else None)
+    def study_echo():
+        return study(echo["images"]) if echo and len(echo["images"]) else None
 
     @torch.no_grad()
     def gather_echo():
         """The student draws templates and scenes; the best by identity, faithful, distinct and better than the teacher's own, come back."""
         g = torch.Generator().manual_seed(args.seed + 1)
-        kinds = [p for p in prompts["templates"] + prompts["scenes"] if re.search(r"\b(a|an|the|one) {}(?! next to)", p)]  # the subject as it is, alone
+        kinds = [p for p in prompts["templates"] + prompts["scenes"] if as_it_is(p) and " next to " not in p]
         number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
         subjects = [kinds[i] for i in number.tolist()]
         photo = encoders["identity"].embed(encoders["identity"].features(photos))
@@ -419,9 +418,12 @@ def main(argv=None):
         def likeness(x):
             return (encoders["identity"].embed(encoders["identity"].features(x)) @ photo.T).mean(1)
 
-        images, identity, fidelity, seen, own = [], [], [], [], []
-        for part in (subjects[i:i + 32] for i in range(0, len(subjects), 32)):
-            noise = torch.randn(len(part), *shape, generator=g).to(device)
+        def batches(asked):
+            for part in (asked[i:i + 32] for i in range(0, len(asked), 32)):
+                yield part, torch.randn(len(part), *shape, generator=g).to(device)
+
+        images, identity, fidelity, seen = [], [], [], []
+        for part, noise in batches(subjects):
             images.append(pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1))
             seen.append(encoders["clip"].embed(encoders["clip"].features(images[-1])))
             plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
@@ -436,12 +438,12 @@ def main(argv=None):
             return score / (same @ (same.T @ score.square())).sqrt().clamp(min=1e-6)
 
         keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(seen),
-                                  max(1, round(args.echo_keep * len(subjects))), args.echo_floor)
+                                  most_echoed, args.echo_floor)
         if args.echo_gate:  # a teacher learns nothing good from what it draws better itself
-            for part in [kinds] * 2:
-                noise = torch.randn(len(part), *shape, generator=g).to(device)
-                own.append(likeness(pair.decode(pair.teacher.sample(noise, pair.text([fill(p) for p in part]), 8, empty, args.guidance_scale)).clamp(-1, 1)))
-            keep = keep[(identity[keep] > torch.stack(own).mean(0)[number[keep]]).cpu()]
+            own = [pair.teacher.sample(noise, pair.text([fill(p) for p in part]), 8, empty, args.guidance_scale)
+                   for _ in range(2) for part, noise in batches(kinds)]
+            own = torch.cat([likeness(pair.decode(z).clamp(-1, 1)) for z in own]).view(2, -1).mean(0)
+            keep = keep[(identity[keep] > own[number[keep]]).cpu()]
         images = torch.cat(images)[keep]
         if len(keep):
             shown = images[:64].split(8)
@@ -456,21 +458,22 @@ def main(argv=None):
 
     watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
     pull, right = ({k: [] for k in heads} for _ in range(2))
-    known, known_echo = study_all()
+    known = None if args.size_augmentation else study(dataset.photos)  # that makes new ones for ever
+    known_echo = study_echo()
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
-        joint = step < args.max_train_steps
-        length, rate = (args.echo_steps, args.echo_rate) if args.echo_steps and not joint else (args.max_train_steps, 1.0)
-        rate *= min(1, (length - (step if joint else step - args.max_train_steps)) / max(1, args.lr_decay * length))
+        joint = step < args.max_train_steps  # else the echo stage, or the student's half of --sequential
+        length, rate = (args.max_train_steps, 1.0) if joint or args.sequential else (args.echo_steps, args.echo_rate)
+        rate *= min(1, ((args.max_train_steps if joint else total) - step) / max(1, args.lr_decay * length))
         for k, o in optimizers.items():
             for group in o.param_groups:
                 group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * rate
             o.zero_grad()
-        if not joint and args.echo_steps and echo is None and not args.echo_real_only:
+        if not (joint or args.sequential or args.echo_real_only) and echo is None:
             echo = gather_echo()
-            known, known_echo = study_all()
+            known_echo = study_echo()
 
         # real images with template prompts; in the echo stage, echoed samples with their own prompts come on top of them
         x, mask, said, which = dataset.batch(n, g)
@@ -501,7 +504,7 @@ def main(argv=None):
             loss = args.reconstruction_weight * terms["reconstruction"]
             if m:
                 terms["echo"] = losses.reconstruction(out_teacher[n:], target[n:])
-                loss = loss + args.echo_weight * min(1, len(echo["images"]) / (args.echo_keep * args.echo_samples)) * terms["echo"]
+                loss = loss + args.echo_weight * len(echo["images"]) / most_echoed * terms["echo"]
             (scale * loss).backward()
             norms["teacher's gradient"] = clip(moved["teacher"].values())
             # not in the echo stage: what the teacher learns from the student would push the student further the same way

@@ -97,7 +97,7 @@ def test_where_no_sample_beats_the_teacher_the_stage_is_its_own_control(concept,
     assert "0 of 32 samples kept" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", 0), ("--echo_weight", 3),
+@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_keep", 0), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", 0), ("--echo_weight", 3),
                                    ("--echo_rate", 1), ("--echo_gate",)], ids=str)
 def test_every_echo_flag_is_read(concept, flags):
     short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48, "--no-echo_gate")

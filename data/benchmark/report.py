@@ -165,19 +165,15 @@ def html_table(text):
 
 def contact(folder, jobs, path):
     """A row for each (method, subject, seed) of the emoji benchmark whose pictures are still there: a photo, then one-step pictures."""
-    rows = []
-    for job in jobs:
-        photo, picture = (folder / name for name in (f"concepts/{job[1]}/00.png", f"pictures/{file_name(job)}.png"))
-        if photo.is_file() and picture.is_file():
+    files = [(folder / "concepts" / job[1] / "00.png", folder / "pictures" / f"{file_name(job)}.png") for job in jobs]
+    files = [pair for pair in files if all(p.is_file() for p in pair)]
+    if files:
+        side, wide = 128, 8 * 128
+        sheet = Image.new("RGB", (side + 16 + wide, side * len(files)), "white")
+        for i, (photo, picture) in enumerate(files):
             drawn = Image.open(picture)
-            drawn = drawn.crop((drawn.width - 8 * 128, 0, drawn.width, 128))  # without the label, the first model of two
-            rows.append(Image.new("RGB", (144 + drawn.width, 128), "white"))
-            rows[-1].paste(Image.open(photo).convert("RGB").resize((128, 128), Image.NEAREST))
-            rows[-1].paste(drawn, (144, 0))
-    if rows:
-        sheet = Image.new("RGB", (rows[0].width, 128 * len(rows)))
-        for i, row in enumerate(rows):
-            sheet.paste(row, (0, 128 * i))
+            sheet.paste(Image.open(photo).convert("RGB").resize((side, side), Image.NEAREST), (0, side * i))
+            sheet.paste(drawn.crop((drawn.width - wide, 0, drawn.width, side)), (side + 16, side * i))  # no label, the first of two models
         write_atomically(path, lambda p: sheet.save(p, "WEBP", quality=85))
 
 
