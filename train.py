@@ -3,7 +3,7 @@
     python train.py --concept data/dog
 
 A teacher and a one-step student train together around one text encoder (joint stage); then the student's samples are
-echoed back to both (echo stage). README.md maps the paper to the code.
+echoed back to the teacher, and the student follows it (echo stage). README.md maps the paper to the code.
 """
 import argparse
 import re
@@ -72,7 +72,7 @@ def parser():
     g.add_argument("--kv_rate", type=float, help="learning rate of cross-attention keys and values, as a multiple of their UNet's (paper: 1)")
     g.add_argument("--token_lr", type=float, help="0 freezes the concept token at the class word")
     g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
-    g.add_argument("--lr_decay", type=float, help="last share of each stage in which the learning rates fall to 0 (paper: 0)")
+    g.add_argument("--lr_decay", type=float, help="last share of each stage in which the learning rates fall to 0 (paper: 0); all of the student's part of the echo stage")
     g.add_argument("--weight_decay", type=float, default=1e-2, help="AdamW, not on the token; 0 switches it off")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each role are clipped to this norm")
     g.add_argument("--seed", type=int, default=42, help="of everything; same seed, same bytes on a CPU")
@@ -105,15 +105,13 @@ def parser():
     g.add_argument("--size_augmentation", action=yes_no, default=None, help="shrink or zoom photos, and say so in the prompt")
 
     g = p.add_argument_group("echo")
-    g.add_argument("--echo_steps", type=int, help="iterations of the echo stage; 0 switches it off")
-    g.add_argument("--echo_rate", type=float, help="learning rates of the echo stage, as a multiple of the joint stage's")
+    g.add_argument("--echo_steps", type=int, help="iterations in which the teacher hears the echo, then as many in which the student follows; 0: no echo")
     g.add_argument("--echo_real_only", action=yes_no, default=False, help="control: as many iterations without the echo")
     g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
     g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
-    g.add_argument("--echo_gate", action=yes_no, default=True, help="of these, only what is more like the photos than the teacher's own samples of its prompt")
-    g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of the echo stage, as a share of it")
-    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples, less where fewer than --echo_keep are good enough (paper: 1)")
+    g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of photos, as a share of it")
+    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples (paper: 1)")
     g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
 
     g = p.add_argument_group("logging and checkpoints")
@@ -153,7 +151,7 @@ def parse_arguments(argv=None):
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("echo_steps", "preview_steps", "checkpoints_total_limit", "teacher_lr", "student_lr", "token_lr", "critic_lr", "adversarial_weight",
                  "scene_adversarial_weight", "identity_weight", "latent_weight", "swd_weight", "swd_positions", "lpips_weight", "weight_decay", "reconstruction_weight",
-                 "guidance_scale", "kv_rate", "denoising_weight", "echo_weight", "echo_rate"):
+                 "guidance_scale", "kv_rate", "denoising_weight", "echo_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
             fail(f"--{name} must be a number from 0 up, not {getattr(args, name)}")
     if not args.max_grad_norm > 0:
@@ -295,8 +293,11 @@ def main(argv=None):
         "critic": torch.optim.AdamW([p for h in heads.values() for p in h.parameters()], lr=args.critic_lr,
                                     weight_decay=args.weight_decay)}
     state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, **heads}
-    total = args.max_train_steps * (2 if args.sequential else 1) + args.echo_steps
-    most_echoed = max(1, round(args.echo_keep * args.echo_samples))
+    joint, echoing, decay = args.max_train_steps, args.echo_steps, args.lr_decay
+    stages = ([("teacher", joint, decay), ("student", joint, decay)] if args.sequential else
+              [("both", joint, decay), ("teacher", echoing, decay), ("student", echoing, 1.)])  # no stage after it to smooth its last steps
+    schedule = [(who, min(1, (length - i) / max(1, share * length))) for who, length, share in stages for i in range(length)]
+    total = len(schedule)
     teaches = args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0
     aligns = args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0
     competes = args.adversarial_weight + args.scene_adversarial_weight > 0
@@ -306,7 +307,7 @@ def main(argv=None):
     print(f"alignment losses in {impl} ({why_impl})")
     print(f"concept {args.concept}: {len(photos)} photos of {name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in moved['teacher'].values()):,} weights in each UNet and one token of {pair.text.row.numel()}")
-    print(f"{args.max_train_steps} joint and {args.echo_steps} echo iterations of batch {args.train_batch_size}")
+    print(", then ".join(f"{length} iterations of {who}" for who, length, _ in stages if length) + f", batch {args.train_batch_size}")
 
     # -- resume -------------------------------------------------------------------------------------------------
     first, history, sums, echo = 0, [], {}, None
@@ -403,33 +404,23 @@ def main(argv=None):
                 seen.append({"z": z} | {k: encoders[k].features(x) for k in heads})
         return {k: torch.cat([row[k] for row in seen]) for k in seen[0]}
 
-    def study_echo():
-        return study(echo["images"]) if echo and len(echo["images"]) else None
-
     @torch.no_grad()
     def gather_echo():
-        """The student draws templates and scenes; the best by identity, faithful, distinct and better than the teacher's own, come back."""
+        """The student draws templates and scenes; the samples most like the photos, faithful and distinct, come back."""
         g = torch.Generator().manual_seed(args.seed + 1)
         kinds = [p for p in prompts["templates"] + prompts["scenes"] if as_it_is(p) and " next to " not in p]
         number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
-        subjects = [kinds[i] for i in number.tolist()]
-        photo = encoders["identity"].embed(encoders["identity"].features(photos))
-
-        def likeness(x):
-            return (encoders["identity"].embed(encoders["identity"].features(x)) @ photo.T).mean(1)
-
-        def batches(asked):
-            for part in (asked[i:i + 32] for i in range(0, len(asked), 32)):
-                yield part, torch.randn(len(part), *shape, generator=g).to(device)
-
-        images, identity, fidelity, seen = [], [], [], []
-        for part, noise in batches(subjects):
-            images.append(pair.decode(pair.student.one_step(noise, pair.student_text([fill(p) for p in part]))).clamp(-1, 1))
-            seen.append(encoders["clip"].embed(encoders["clip"].features(images[-1])))
-            plain = encoders["clip"].embed_text(pair.text.tokenizer, [p.replace("{}", args.class_word) for p in part])
-            fidelity.append((seen[-1] * plain).sum(1))
-            identity.append(likeness(images[-1]))
-        identity, fidelity = torch.cat(identity), torch.cat(fidelity)
+        asked, plain = ([kinds[i].replace("{}", w) for i in number.tolist()] for w in (name, args.class_word))
+        photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in ("identity", "clip")}
+        images, seen = [], {k: [] for k in photo}
+        for part in (asked[i:i + 32] for i in range(0, len(asked), 32)):
+            noise = torch.randn(len(part), *shape, generator=g).to(device)
+            images.append(pair.decode(pair.student.one_step(noise, pair.student_text(part))).clamp(-1, 1))
+            for k in seen:
+                seen[k].append(encoders[k].embed(encoders[k].features(images[-1])))
+        images, seen = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}
+        likeness = sum((seen[k] @ photo[k].T).mean(1) for k in photo) / len(photo)  # two encoders are harder to please than one
+        said = torch.cat([encoders["clip"].embed_text(pair.text.tokenizer, plain[i:i + 32]) for i in range(0, len(plain), 32)])
 
         def beside_its_prompt(score):  # prompts differ in how high and how widely they score; standardise within each
             same = F.one_hot(number, len(kinds)).float().to(score.device)
@@ -437,20 +428,11 @@ def main(argv=None):
             score = score - same @ (same.T @ score)
             return score / (same @ (same.T @ score.square())).sqrt().clamp(min=1e-6)
 
-        keep = losses.select_echo(beside_its_prompt(identity), beside_its_prompt(fidelity), torch.cat(seen),
-                                  most_echoed, args.echo_floor)
-        if args.echo_gate:  # a teacher learns nothing good from what it draws better itself
-            own = [pair.teacher.sample(noise, pair.text([fill(p) for p in part]), 8, empty, args.guidance_scale)
-                   for _ in range(2) for part, noise in batches(kinds)]
-            own = torch.cat([likeness(pair.decode(z).clamp(-1, 1)) for z in own]).view(2, -1).mean(0)
-            keep = keep[(identity[keep] > own[number[keep]]).cpu()]
-        images = torch.cat(images)[keep]
-        if len(keep):
-            shown = images[:64].split(8)
-            save_png(grid([(f"{identity[keep[8 * i]]:.2f}", row) for i, row in enumerate(shown)]), out / "echo.png")
-        print(f"\necho: {len(keep)} of {len(subjects)} samples kept, identity {identity.mean():.3f}"
-              + (f" -> {identity[keep].mean():.3f}" if len(keep) else "; none is better than the teacher's own, so the stage goes on with the photos alone"))
-        return {"images": images, "prompts": [fill(subjects[i]) for i in keep.tolist()]}
+        keep = losses.select_echo(beside_its_prompt(likeness), beside_its_prompt((seen["clip"] * said).sum(1)), seen["clip"],
+                                  max(1, round(args.echo_keep * len(asked))), args.echo_floor)
+        save_png(grid([(f"{likeness[keep[8 * i]]:.2f}", row) for i, row in enumerate(images[keep][:64].split(8))]), out / "echo.png")
+        print(f"\necho: {len(keep)} of {len(asked)} samples kept, likeness {likeness.mean():.3f} -> {likeness[keep].mean():.3f}")
+        return {"images": images[keep], "prompts": [asked[i] for i in keep.tolist()]}
 
     stop = []  # from here on, the first Ctrl-C asks for a checkpoint and the second ends the program at once
     for s in handlers:
@@ -459,67 +441,63 @@ def main(argv=None):
     watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
     pull, right = ({k: [] for k in heads} for _ in range(2))
     known = None if args.size_augmentation else study(dataset.photos)  # that makes new ones for ever
-    known_echo = study_echo()
+    known_echo = study(echo["images"])["z"] if echo else None
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
-        joint = step < args.max_train_steps  # else the echo stage, or the student's half of --sequential
-        length, rate = (args.max_train_steps, 1.0) if joint or args.sequential else (args.echo_steps, args.echo_rate)
-        rate *= min(1, ((args.max_train_steps if joint else total) - step) / max(1, args.lr_decay * length))
+        who, rate = schedule[step]
         for k, o in optimizers.items():
             for group in o.param_groups:
                 group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * rate
             o.zero_grad()
-        if not (joint or args.sequential or args.echo_real_only) and echo is None:
+        hears = who == "teacher" and not args.sequential and not args.echo_real_only
+        if hears and echo is None:
             echo = gather_echo()
-            known_echo = study_echo()
+            known_echo = study(echo["images"])["z"]
 
-        # real images with template prompts; in the echo stage, echoed samples with their own prompts come on top of them
+        # real images with template prompts; where the teacher hears the echo, samples with their own prompts come on top of them
         x, mask, said, which = dataset.batch(n, g)
         captions = [fill(t, w) for t, w in zip(choose(prompts["templates"], n, g), said)]
         t = torch.randint(pair.teacher.last + 1, (n,), generator=g)
         eps = torch.randn(n, *shape, generator=g).to(device)
-        m, captions_echo, t_echo, eps_echo = 0, [], t[:0], eps[:0]
-        if known_echo is not None:
+        real = study(x) if known is None else {k: v[which] for k, v in known.items()}
+        z, t_all, eps_all, z_all, captions_all = real["z"], t, eps, real["z"], captions
+        if hears:
             own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # so the control draws the same as this
-            m = max(1, round(args.echo_share * n))
-            pick = torch.randint(len(echo["images"]), (m,), generator=own)
-            echoed, captions_echo = {k: v[pick] for k, v in known_echo.items()}, [echo["prompts"][i] for i in pick.tolist()]
-            t_echo = upper(torch.randint(pair.teacher.last + 1, (m,), generator=own), args.echo_noise)  # layout, not detail
-            eps_echo = torch.randn(m, *shape, generator=own).to(device)
+            pick = torch.randint(len(known_echo), (max(1, round(args.echo_share * n)),), generator=own)
+            t_echo = upper(torch.randint(pair.teacher.last + 1, pick.shape, generator=own), args.echo_noise)  # layout, not detail
+            eps_echo = torch.randn(len(pick), *shape, generator=own).to(device)
+            t_all, eps_all, z_all = torch.cat([t, t_echo]), torch.cat([eps, eps_echo]), torch.cat([z, known_echo[pick]])
+            captions_all = captions + [echo["prompts"][i] for i in pick.tolist()]
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token
         terms, norms = {}, {}
-        real = study(x) if known is None else {k: v[which] for k, v in known.items()}
-        echoed = echoed if m else {k: v[:0] for k, v in real.items()}
-        z = real["z"]
-        t_all, eps_all, z_all = torch.cat([t, t_echo]).to(device), torch.cat([eps, eps_echo]), torch.cat([z, echoed["z"]])
-        t, mask_z = t.to(device), F.interpolate(mask, size=shape[1:], mode="area")
-        if teaches and (joint or not args.sequential):
+        t, t_all, mask_z = t.to(device), t_all.to(device), F.interpolate(mask, size=shape[1:], mode="area")
+        if teaches and who != "student":
             with autocast():
-                out_teacher = pair.teacher(pair.teacher.add_noise(z_all, eps_all, t_all), t_all, pair.text(captions + captions_echo))
+                out_teacher = pair.teacher(pair.teacher.add_noise(z_all, eps_all, t_all), t_all, pair.text(captions_all))
             target = pair.teacher.target(z_all, eps_all, t_all)
             terms["reconstruction"] = losses.reconstruction(out_teacher[:n], target[:n], mask_z)
             loss = args.reconstruction_weight * terms["reconstruction"]
-            if m:
+            if hears:
                 terms["echo"] = losses.reconstruction(out_teacher[n:], target[n:])
-                loss = loss + args.echo_weight * len(echo["images"]) / most_echoed * terms["echo"]
+                loss = loss + args.echo_weight * terms["echo"]
             (scale * loss).backward()
             norms["teacher's gradient"] = clip(moved["teacher"].values())
             # not in the echo stage: what the teacher learns from the student would push the student further the same way
-            old = [p.detach().clone() for p in moved["teacher"].values()] if args.carry and joint else []
+            old = [p.detach().clone() for p in moved["teacher"].values()] if args.carry and step < args.max_train_steps else []
             optimizers["teacher"].step()
             with torch.no_grad():
                 for theirs, new, was in zip(moved["student"].values(), moved["teacher"].values(), old):
                     theirs += new - was
-        if args.denoising_weight:  # baselines only: the one-step student under the ordinary diffusion loss
+        if args.denoising_weight and who != "teacher":  # baselines only: the one-step student under the ordinary diffusion loss
             with autocast():
                 out_student = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(captions))
             terms["denoising"] = losses.reconstruction(out_student, pair.student.target(z, eps, t), mask_z)
             (scale * args.denoising_weight * terms["denoising"]).backward()
 
-        if draws and not (args.sequential and joint):
+        if draws and who != "teacher":
             # ---- 2. student: one step from pure noise
             in_scene = torch.rand(n, generator=g) < args.scene_prompts
             asked = [fill(s if yes else t) for s, t, yes in zip(choose(prompts["scenes"], n, g), choose(asked_from, n, g),
@@ -576,10 +554,10 @@ def main(argv=None):
         optimizers["student"].step()
         optimizers["token"].step()  # holds the teacher's gradient, and with --no-detach_prompt the student's too
 
-        # ---- 5. critics: photos (and echoes) against the same student features
+        # ---- 5. critics: photos against the same student features
         if "adversarial" in terms:
             judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-            logits = {k: (h(torch.cat([real[k], echoed[k]])), h(features_s[k].detach())) for k, h in heads.items()}
+            logits = {k: (h(real[k]), h(features_s[k].detach())) for k, h in heads.items()}
             terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
             for k, v in logits.items():
                 right[k] += [losses.critic_accuracy(*v, judged)] * comparable

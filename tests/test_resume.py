@@ -14,7 +14,7 @@ import train as train_script
 from conftest import ROOT, train
 from model import checkpoints, read_checkpoint, restore, save_checkpoint
 
-SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--no-echo_gate", "--checkpointing_steps", 2, "--log_steps", 3)
+SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 2, "--log_steps", 3)
 
 
 def files(run="out/dog"):
@@ -63,7 +63,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_printed_command_completes_the_same
 
 
 def test_the_echo_asks_for_the_subject_as_it_is_and_alone(concept, monkeypatch):
-    interrupt_at(7, monkeypatch)  # the first loss of the echo stage's second half
+    interrupt_at(7, monkeypatch)  # the first loss of the echo's second iteration
     assert stopped(*SHORT, "--echo_samples", 256) == 130
     prompts = set(read_checkpoint(checkpoints("out/dog")[-1])[0]["echo_prompts"])
     assert "a <v> dog on the grass" in prompts and len(prompts) > 10
