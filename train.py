@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-from data.images import as_it_is, curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
+from data.images import curves, fail, grid, load_photo, load_photos, load_prompts, make_folder, photo_paths, save_png
 from kernels.dispatch import resolve
 from kernels.guided_mse import guided_mse
 from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints, compile_networks, find_base, load_encoders, load_pair,
@@ -406,11 +406,10 @@ def main(argv=None):
 
     @torch.no_grad()
     def gather_echo():
-        """The student draws templates and scenes; the samples most like the photos, faithful and distinct, come back."""
-        g = torch.Generator().manual_seed(args.seed + 1)
-        kinds = [p for p in prompts["templates"] + prompts["scenes"] if as_it_is(p) and " next to " not in p]
+        """The student draws what the photos' own prompts ask; the samples most like the photos, faithful and distinct, come back."""
+        g, kinds = torch.Generator().manual_seed(args.seed + 1), prompts["templates"]
         number = torch.randint(len(kinds), (args.echo_samples,), generator=g)
-        asked, plain = ([kinds[i].replace("{}", w) for i in number.tolist()] for w in (name, args.class_word))
+        asked = [fill(kinds[i]) for i in number.tolist()]
         photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in ("identity", "clip")}
         images, seen = [], {k: [] for k in photo}
         for part in (asked[i:i + 32] for i in range(0, len(asked), 32)):
@@ -420,7 +419,7 @@ def main(argv=None):
                 seen[k].append(encoders[k].embed(encoders[k].features(images[-1])))
         images, seen = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}
         likeness = sum((seen[k] @ photo[k].T).mean(1) for k in photo) / len(photo)  # two encoders are harder to please than one
-        said = torch.cat([encoders["clip"].embed_text(pair.text.tokenizer, plain[i:i + 32]) for i in range(0, len(plain), 32)])
+        said = encoders["clip"].embed_text(pair.text.tokenizer, [k.replace("{}", args.class_word) for k in kinds])[number.to(device)]
 
         def beside_its_prompt(score):  # prompts differ in how high and how widely they score; standardise within each
             same = F.one_hot(number, len(kinds)).float().to(score.device)

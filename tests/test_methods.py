@@ -60,6 +60,17 @@ def test_the_echo_stage_teaches_the_teacher_and_carries_nothing_back(concept):
     assert all(torch.equal(student[k], student_after[k]) and not torch.equal(teacher[k], teacher_after[k]) for k in student)
 
 
+def test_in_the_echo_stage_the_teacher_moves_first_and_then_the_student_alone(concept, monkeypatch):
+    seen = {}
+
+    def look(path, state, optimizers, meta):
+        seen[meta["step"]] = {k: torch.cat([p.detach().flatten() for p in state[k].values()]) for k in ("teacher", "student", "token")}
+    monkeypatch.setattr(script, "save_checkpoint", look)
+    train(*SHORT, "--max_train_steps", 1, "--echo_steps", 1, "--echo_samples", 16, "--checkpointing_steps", 1)
+    still = {(step, k) for step in (2, 3) for k in seen[step] if torch.equal(seen[step][k], seen[step - 1][k])}
+    assert still == {(2, "student"), (3, "teacher"), (3, "token")}
+
+
 def test_a_sequential_run_first_trains_the_teacher_just_as_it_would_alone(concept):
     alone = train(*SHORT, "--echo_steps", 0, "--student_lr", 0, "--no-carry")
     expected = load_file(alone / "teacher" / "unet_delta.safetensors")
