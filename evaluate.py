@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from data.benchmark import report
-from data.images import as_it_is, fail, grid, load_photos, photo_paths, save_png, to_pil
+from data.images import fail, grid, load_photos, photo_paths, save_png, to_pil
 from model import BASES, Encoder, load_pair, load_run, pick_device, save_json
 from sample import read_run
 
@@ -43,6 +44,11 @@ JUDGES = {  # CLIP-T and CLIP-I by the first, "DINO" by the second: (hub id or f
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of unit embeddings
+
+def as_it_is(template):
+    """Whether a template asks for the subject without an adjective: "a {} at night", not "a red {}"."""
+    return re.search(r"\b(a|an|the|one) {}", template) is not None
+
 
 def mean_cosine(a, b):
     """Mean cosine over all pairs of unit vectors (N, d) and (M, d)."""

@@ -394,15 +394,19 @@ def main(argv=None):
         save_png(grid(rows), path)
 
     @torch.no_grad()
+    def latents(images):
+        with autocast():
+            return torch.cat([pair.encode(x) for x in images.split(8)])
+
+    @torch.no_grad()
     def study(images):
-        """What the frozen networks say of images to be learned from: latents "z", and features for each critic."""
-        seen = []
-        for x in images.split(8):
+        """What the frozen networks say of photos: latents "z", and features for each critic."""
+        z, seen = latents(images), []
+        for x, part in zip(images.split(8), z.split(8)):
             with autocast():
-                z = pair.encode(x)
-                x = x if pair.tiny_vae is None else pair.decode(z, tiny=True)  # or critics could tell photos by their decoder
-                seen.append({"z": z} | {k: encoders[k].features(x) for k in heads})
-        return {k: torch.cat([row[k] for row in seen]) for k in seen[0]}
+                x = x if pair.tiny_vae is None else pair.decode(part, tiny=True)  # or critics could tell photos by their decoder
+                seen.append({k: encoders[k].features(x) for k in heads})
+        return {"z": z} | {k: torch.cat([row[k] for row in seen]) for k in heads}
 
     @torch.no_grad()
     def gather_echo():
@@ -440,7 +444,7 @@ def main(argv=None):
     watched, won, first_pull = [], set(), {}  # losses and gradients not yet looked at; critics that have won; how they pulled at first
     pull, right = ({k: [] for k in heads} for _ in range(2))
     known = None if args.size_augmentation else study(dataset.photos)  # that makes new ones for ever
-    known_echo = study(echo["images"])["z"] if echo else None
+    z_echo = None
     # -- the loop -----------------------------------------------------------------------------------------------
     started, progress = time.time(), tqdm(range(first, total), initial=first, total=total, mininterval=1)
     for step in progress:
@@ -451,9 +455,9 @@ def main(argv=None):
                 group["lr"] = getattr(args, f"{k}_lr") * group.get("rate", 1.0) * rate
             o.zero_grad()
         hears = who == "teacher" and not args.sequential and not args.echo_real_only
-        if hears and echo is None:
-            echo = gather_echo()
-            known_echo = study(echo["images"])["z"]
+        if hears and z_echo is None:
+            echo = echo or gather_echo()
+            z_echo = latents(echo["images"])
 
         # real images with template prompts; where the teacher hears the echo, samples with their own prompts come on top of them
         x, mask, said, which = dataset.batch(n, g)
@@ -464,10 +468,10 @@ def main(argv=None):
         z, t_all, eps_all, z_all, captions_all = real["z"], t, eps, real["z"], captions
         if hears:
             own = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)  # so the control draws the same as this
-            pick = torch.randint(len(known_echo), (max(1, round(args.echo_share * n)),), generator=own)
+            pick = torch.randint(len(z_echo), (max(1, round(args.echo_share * n)),), generator=own)
             t_echo = upper(torch.randint(pair.teacher.last + 1, pick.shape, generator=own), args.echo_noise)  # layout, not detail
             eps_echo = torch.randn(len(pick), *shape, generator=own).to(device)
-            t_all, eps_all, z_all = torch.cat([t, t_echo]), torch.cat([eps, eps_echo]), torch.cat([z, known_echo[pick]])
+            t_all, eps_all, z_all = torch.cat([t, t_echo]), torch.cat([eps, eps_echo]), torch.cat([z, z_echo[pick]])
             captions_all = captions + [echo["prompts"][i] for i in pick.tolist()]
 
         # ---- 1. teacher: reconstruct the images; moves its UNet and the token

@@ -1,7 +1,6 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
 import contextlib
 import json
-import re
 import os
 import sys
 from pathlib import Path
@@ -115,11 +114,6 @@ def load_photos(folder, size, crop="centre", masks=False):
 def load_prompts(base):
     """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject."""
     return json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
-
-
-def as_it_is(template):
-    """Whether a template asks for the subject without an adjective: "a {} at night", not "a red {}"."""
-    return re.search(r"\b(a|an|the|one) {}", template) is not None
 
 
 def to_pil(images):
