@@ -221,6 +221,22 @@ def count(base, flags, published=False):
     return meter.flops
 
 
+def count_echo(base, flags):
+    """FLOP that the echo costs beyond its iterations: drawing and ranking the samples, and the teacher's share of echoed images."""
+    if not flags["echo_steps"]:
+        return 0
+    pair, encoders, *_ = build(base, "meta", flags | {"compile": False, "gradient_checkpointing": False}, True, torch.float32)
+    noise, t, context = torch.randn(1, *pair.latent_shape, device="meta"), torch.full((1,), 500, device="meta"), pair.text(["a <v> dog"])
+    with FlopCounterMode(display=False) as drawn, torch.no_grad():
+        x = pair.decode(pair.student.one_step(noise, context))
+        for k in ("identity", "clip"):
+            encoders[k].features(x)
+    with FlopCounterMode(display=False) as heard:
+        pair.teacher(noise, t, context).sum().backward()
+    heard_images = flags["echo_steps"] * max(1, round(flags["echo_share"] * flags["train_batch_size"]))
+    return flags["echo_samples"] * drawn.get_total_flops() + heard_images * heard.get_total_flops()
+
+
 class Kept:
     """A tensor that autograd keeps for the backward pass; `live` counts the bytes of all that it keeps now, `most` its maximum."""
     storages, live, most, apart = {}, 0, 0, set()
@@ -281,7 +297,8 @@ def parse_arguments(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--steps", type=int, default=10, help="iterations that are timed, after two that are not; 0 only counts")
     p.add_argument("--images", type=int, default=16, help="images drawn for the sampling table; 0 skips it")
-    p.add_argument("--iterations", type=int, help="of both stages, for the cost of a concept; default: the recipe's")
+    p.add_argument("--max_train_steps", type=int, help="of the joint stage, for the cost of a concept; default: the recipe's")
+    p.add_argument("--echo_steps", type=int, help="of each network in the echo stage, for the same; default: the recipe's")
     p.add_argument("--train_batch_size", type=int, help="default: the recipe's")
     p.add_argument("--resolution", type=int, help="pixels along one side; default: the student's own")
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16", help="autocast; frozen weights are stored in it")
@@ -301,19 +318,20 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     recipe = RECIPES[find_base(args.base).recipe]
-    flags = {k: recipe[k] for k in ("train_unet", "swd_projections", "guidance_scale", "train_batch_size")} \
+    flags = {k: recipe[k] for k in ("train_unet", "swd_projections", "guidance_scale", "train_batch_size", "max_train_steps", "echo_steps",
+                                    "echo_samples", "echo_share")} \
         | {k: v for k, v in vars(args).items() if v is not None}
     with tempfile.TemporaryDirectory() as folder:
         base = args.base
         if args.random_weights:
             write_base(folder, FULL_SIZE[args.base])
             base = folder
-        report(base, args, flags, args.iterations or recipe["max_train_steps"] + recipe["echo_steps"])
+        report(base, args, flags)
 
 
-def report(base, args, flags, steps):
+def report(base, args, flags):
     """Print the counted table, then, where it is feasible, what was measured."""
-    n = flags["train_batch_size"]
+    n, joint, echoing = (flags[k] for k in ("train_batch_size", "max_train_steps", "echo_steps"))
     ours = count(base, flags)
     columns = {"ours": ours}
     if not isinstance(BASES.get(args.base), Path):
@@ -326,8 +344,11 @@ def report(base, args, flags, steps):
         print(f"| {part} | " + " | ".join(f"{c[part] / n / 1e12:.4g}" for c in columns.values()) + " |")
     sums = {k: sum(c.values()) for k, c in columns.items()}
     print("| sum | " + " | ".join(f"{v / n / 1e12:.4g}" for v in sums.values()) + " |")
-    print("| PFLOP per concept | " + " | ".join(f"{v * (1000 if k == 'published' else steps) / 1e15:.4g}" for k, v in sums.items()) + " |")
-    print(f"\n(1000 iterations as published, {steps} in our recipe; both stages)" if "published" in columns else "")
+    echo = count_echo(base, flags)
+    totals = [1000 * v if k == "published" else (joint + echoing) * v + echo for k, v in sums.items()]  # half an iteration teaches one network
+    print("| PFLOP per concept | " + " | ".join(f"{v / 1e15:.4g}" for v in totals) + " |")
+    print(f"\n({'1000 joint iterations as published; ours: ' * ('published' in columns)}{joint} joint iterations, {echoing} of each network alone, "
+          f"and {echo / 1e15:.3g} PFLOP to draw, rank and hear the echo)")
 
     sizes = [v / 1e9 for v in count_memory(base, flags)]
     print(f"memory, counted (batch {n}, {args.mixed_precision}, {switches(flags)}): weights {sizes[0]:.2f} GB, gradients and optimizer {sizes[1]:.2f} GB, "

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from data.benchmark import report
 from data.images import fail, grid, load_photos, photo_paths, save_png, to_pil
-from model import BASES, Encoder, load_pair, load_run, pick_device, save_json
+from model import BASES, Encoder, checkpoints, load_pair, load_run, pick_device, save_json
 from sample import read_run
 
 HERE = Path(__file__).parent / "data" / "benchmark"
@@ -306,6 +306,11 @@ def load_benchmark(args, first=True):
     return {name: (folder / name, classes[name], templates_for(spec, classes[name])) for name in list(classes)[:args.subjects]}, spec["unrelated"]
 
 
+def settings(args, flags):
+    """What must be the same for a finished job to stand for one that is asked."""
+    return {"flags": flags, "train_flags": args.train_flags, "judges": args.judges, "num_seeds": args.num_seeds}
+
+
 def run_job(job, args, methods, subjects, scorer, device):
     """Train, draw and score one (method, subject, seed); returns its result line."""
     import train
@@ -313,20 +318,25 @@ def run_job(job, args, methods, subjects, scorer, device):
     photos_folder, word, templates = subjects[subject]
     folder = Path(args.output_dir) / "runs" / report.file_name(job)
     flags = methods[method]["flags"]
-    line = {"method": method, "subject": subject, "seed": seed, "flags": flags, "judges": args.judges, "num_seeds": args.num_seeds,
-            "iterations": 0, "train_cpu_seconds": 0.0}
+    line = {"method": method, "subject": subject, "seed": seed, **settings(args, flags), "iterations": 0, "train_cpu_seconds": 0.0}
     started = time.time()
     argv = ["--concept", photos_folder, "--class_word", word, "--output_dir", folder, "--seed", seed, "--device", args.device,
             "--preview_steps", 0, *shlex.split(args.train_flags), *shlex.split(flags or "")]
-    argv = [str(a) for a in argv]
+    argv, spent = [str(a) for a in argv], folder / "cpu_seconds.json"
     if flags is not None and not (folder / "config.json").is_file():
-        if any(folder.glob("checkpoint*")):
+        before = 0.
+        if checkpoints(folder):
             argv += ["--resume_from_checkpoint", "latest"]
+            before = json.loads(spent.read_text()) if spent.is_file() else 0.
         folder.mkdir(parents=True, exist_ok=True)
         cpu = time.process_time()
-        with open(folder / "train.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), torch.enable_grad():
-            train.main(argv)
-        line["train_cpu_seconds"] = round(time.process_time() - cpu, 1)
+        try:
+            with open(folder / "train.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), torch.enable_grad():
+                train.main(argv)
+        finally:
+            save_json(spent, before + time.process_time() - cpu)
+    if flags is not None:
+        line["train_cpu_seconds"] = round(json.loads(spent.read_text()), 1)
         line["iterations"] = json.loads((folder / "log.json").read_text())[-1]["step"]
     trained = train.parse_arguments(argv)
     pair = load_pair(trained.base, trained.token, word, device, vars(trained))
@@ -359,7 +369,7 @@ def compare_blind(args):
         templates = templates_for(spec, flags["class_word"])
         prompts = [t.replace("{}", f"{flags['token']} {flags['class_word']}") for t in templates]
         pictures.append(to_pil(draw(pair, ("student", 1), prompts, args.num_seeds, 1.0)))
-    plain = [t.replace("{}", f"this {flags['class_word']}").replace("a this", "this") for t in templates] * args.num_seeds
+    plain = [t.replace("a {}", "this {}").replace("{}", flags["class_word"]) for t in templates] * args.num_seeds
     photos = to_pil(load_photos(flags["concept"], pair.resolution))
     report.ab_sheet(list(zip(plain, *pictures)), photos, [str(f) for f, _ in runs], Path(args.output_dir), args.seed)
 
@@ -377,11 +387,12 @@ def run_benchmark(args):
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     results = report.read_results(out)
-    jobs = [(m, s, seed) for seed in args.seeds for i, s in enumerate(subjects) for m in methods
-            if i < methods[m]["subjects"] and (methods[m]["flags"] is not None or seed == args.seeds[0])]  # an untrained model has no seed
-    for job in jobs:
-        if job in results and results[job]["flags"] != methods[job[0]]["flags"]:
-            fail(f"{out} holds results of {job[0]!r} with other flags ({results[job]['flags']}); take another --output_dir")
+    jobs = list(dict.fromkeys((m, s, 0 if methods[m]["flags"] is None else seed)  # an untrained model has no seed
+                              for seed in args.seeds for i, s in enumerate(subjects) for m in methods if i < methods[m]["subjects"]))
+    for job in (j for j in jobs if j in results):
+        for k, v in settings(args, methods[job[0]]["flags"]).items():
+            if results[job].get(k, v) != v:
+                fail(f"{out} holds results of {job[0]!r} with {k} {results[job][k]!r}, not {v!r}; take another --output_dir")
     left = [j for j in jobs if j not in results]
     if rank == 0:
         print(f"{len(jobs)} jobs ({len(methods)} methods, {len(subjects)} subjects, {len(args.seeds)} seeds), {len(jobs) - len(left)} done; {world} process(es)")
@@ -434,7 +445,7 @@ def parse_arguments(argv=None):
     g.add_argument("--keep_runs", action="store_true", help="keep every run's weights")
     g.add_argument("--report", action="store_true", help="only write tables and report.html from the results that are there")
     g.add_argument("--readme", help="with --report: also put the short table between the benchmark marks of this Markdown file")
-    g.add_argument("--output_dir", help="default: out/BENCHMARK, or out/ab for --ab_sheet")
+    g.add_argument("--output_dir", help="default: out/BENCHMARK, out/BENCHMARK-tuning or out/ab; results of changed code need a new one")
     g = p.add_argument_group("blind comparison by eye")
     g.add_argument("--ab_sheet", nargs=2, metavar=("A", "B"), help="two run folders to compare")
     g.add_argument("--tally", metavar="VOTES", help="votes.json saved from a sheet; prints who won, with its exact interval")
@@ -454,7 +465,7 @@ def parse_arguments(argv=None):
     if any(s not in (1, 2, 4) for s in args.steps):
         fail("--steps takes 2 and 4: the student is made for one step and keeps to few")
     pick_device(args.device)
-    args.output_dir = args.output_dir or str(Path("out") / (args.benchmark or "ab"))
+    args.output_dir = args.output_dir or str(Path("out") / ((args.benchmark or "ab") + "-tuning" * args.tuning))
     if args.readme and not (args.report and Path(args.readme).is_file()):
         fail(f"--readme {args.readme} goes with --report and names a Markdown file that is there")
     if args.benchmark:

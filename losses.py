@@ -124,7 +124,7 @@ def critic_accuracy(real, fake, weight):
 # ---------------------------------------------------------------------------------------------------------------
 # Echo: which of the student's samples are worth giving back to the teacher
 
-def select_echo(identity, fidelity, features, keep, floor=.5, max_similarity=.98):
+def select_echo(identity, fidelity, features, keep, floor, max_similarity=.98):
     """Indices of at most `keep` samples, best identity first.
 
     identity (N,)  likeness to the reference photos

@@ -29,7 +29,7 @@ from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints
 MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
 # which flags to lower when a loss or gradient is not finite
 LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--student_lr or --token_lr", "alignment": "--teacher_lr or --student_lr",
-          "adversarial": "--critic_lr or --adversarial_weight", "critic": "--critic_lr", "teacher's gradient": "--teacher_lr",
+          "adversarial": "--critic_lr or --adversarial_weight", "echo": "--teacher_lr or --echo_weight", "critic": "--critic_lr", "teacher's gradient": "--teacher_lr",
           "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr", "critics' gradient": "--critic_lr"}
 
 
@@ -74,7 +74,7 @@ def parser():
     g.add_argument("--critic_lr", type=float, help="of the discriminators' heads")
     g.add_argument("--lr_decay", type=float, help="last share of each stage in which the learning rates fall to 0 (paper: 0); all of the student's part of the echo stage")
     g.add_argument("--weight_decay", type=float, default=1e-2, help="AdamW, not on the token; 0 switches it off")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each role are clipped to this norm")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients of each UNet and of the critics are clipped to this norm")
     g.add_argument("--seed", type=int, default=42, help="of everything; same seed, same bytes on a CPU")
 
     g = p.add_argument_group("losses (a weight of 0 switches a term off)")
@@ -108,10 +108,10 @@ def parser():
     g.add_argument("--echo_steps", type=int, help="iterations in which the teacher hears the echo, then as many in which the student follows; 0: no echo")
     g.add_argument("--echo_real_only", action=yes_no, default=False, help="control: as many iterations without the echo")
     g.add_argument("--echo_samples", type=int, help="one-step samples to choose from")
-    g.add_argument("--echo_keep", type=float, help="share of them that is kept at most")
+    g.add_argument("--echo_keep", type=float, help="share of them that is kept at most; at least one")
     g.add_argument("--echo_floor", type=float, help="share refused for disagreeing with its prompt, before identity ranks")
-    g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of photos, as a share of it")
-    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples (paper: 1)")
+    g.add_argument("--echo_share", type=float, help="echoed images on top of each batch of photos, as a share of it; at least one")
+    g.add_argument("--echo_weight", type=float, help="of the teacher's loss on the kept samples")
     g.add_argument("--echo_noise", type=float, help="teacher sees echoes at noise levels from this share of the schedule up")
 
     g = p.add_argument_group("logging and checkpoints")
@@ -320,7 +320,7 @@ def main(argv=None):
         first, history = meta["step"], meta["history"]
         sums = {k: [torch.tensor(x, device=device) for x in v] for k, v in meta["sums"].items()}
         if "echo/images" in tensors:
-            echo = {"images": tensors["echo/images"].to(device), "prompts": meta["echo_prompts"]}
+            echo = {"images": tensors["echo/images"], "prompts": meta["echo_prompts"]}
         resumed = tensors = None
         print(f"resumed {path} at iteration {first}")
     else:  # nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag
@@ -396,7 +396,7 @@ def main(argv=None):
     @torch.no_grad()
     def latents(images):
         with autocast():
-            return torch.cat([pair.encode(x) for x in images.split(8)])
+            return torch.cat([pair.encode(x.to(device)) for x in images.split(8)])
 
     @torch.no_grad()
     def study(images):
@@ -416,11 +416,13 @@ def main(argv=None):
         asked = [fill(kinds[i]) for i in number.tolist()]
         photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in ("identity", "clip")}
         images, seen = [], {k: [] for k in photo}
-        for part in (asked[i:i + 32] for i in range(0, len(asked), 32)):
+        some = max(1, min(32, 2 ** 21 // pair.resolution ** 2))  # two million pixels at once; the rest waits in memory
+        for part in (asked[i:i + some] for i in range(0, len(asked), some)):
             noise = torch.randn(len(part), *shape, generator=g).to(device)
-            images.append(pair.decode(pair.student.one_step(noise, pair.student_text(part))).clamp(-1, 1))
+            x = pair.decode(pair.student.one_step(noise, pair.student_text(part))).clamp(-1, 1)
             for k in seen:
-                seen[k].append(encoders[k].embed(encoders[k].features(images[-1])))
+                seen[k].append(encoders[k].embed(encoders[k].features(x)))
+            images.append(x.cpu())
         images, seen = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}
         likeness = sum((seen[k] @ photo[k].T).mean(1) for k in photo) / len(photo)  # two encoders are harder to please than one
         said = encoders["clip"].embed_text(pair.text.tokenizer, [k.replace("{}", args.class_word) for k in kinds])[number.to(device)]

@@ -54,8 +54,9 @@ def test_the_interval_of_a_mean_is_near_the_normal_one_and_repeats():
     assert report.interval(values) == (low, high) and report.interval([2., 2.]) == (2., 2.)
 
 
-def line(method, subject, seed, dino, iterations=1):
-    return (method, subject, seed), {"method": method, "subject": subject, "seed": seed, "iterations": iterations, "scores": {"student, 1 step": {"DINO": dino}}}
+def line(method, subject, seed, dino, flags=""):
+    return (method, subject, seed), {"method": method, "subject": subject, "seed": seed, "flags": flags, "iterations": 1, "train_cpu_seconds": 1.,
+                                     "scores": {"student, 1 step": {"DINO": dino}}}
 
 
 def test_paired_differences_use_only_what_both_methods_have():
@@ -63,13 +64,24 @@ def test_paired_differences_use_only_what_both_methods_have():
                     line("b", "cat", 0, .5), line("b", "dog", 0, .6)])
     mean, low, high, subjects = report.paired(results, ("a", "student, 1 step"), ("b", "student, 1 step"), "DINO")
     assert mean == pytest.approx(.3) and (low, high) == (pytest.approx(.2), pytest.approx(.4)) and subjects == 2
-    results |= dict([line("untouched", "cat", 0, .2, iterations=0)])  # one seed stands for all: (.9 + .1) / 2 - .2
+    results |= dict([line("untouched", "cat", 0, .2, flags=None)])  # one seed stands for all: (.9 + .1) / 2 - .2
     assert report.paired(results, ("a", "student, 1 step"), ("untouched", "student, 1 step"), "DINO")[0] == pytest.approx(.3)
+
+
+def test_a_row_says_of_how_many_seeds_it_is():
+    results = dict([line("a", "cat", 0, .9), line("a", "cat", 1, .1), line("a", "dog", 0, .8), line("b", "dog", 0, .5), line("b", "cat", 0, .3)])
+    assert report.cost(results, "a")[0] == "2 x 1-2" and report.cost(results, "b")[0] == "2 x 1"
+
+
+def test_no_order_of_results_changes_an_interval():
+    results = dict([line("a", f"s{i}", 0, (i * i % 7) / 7) for i in range(9)] + [line("b", f"s{i}", 0, i / 9) for i in range(9)])
+    pair = ("a", "student, 1 step"), ("b", "student, 1 step"), "DINO"
+    assert report.paired(results, *pair) == report.paired(dict(reversed(results.items())), *pair)
 
 
 def test_the_readmes_table_marks_what_differs_and_is_the_same_when_made_again(tmp_path):
     rows = [line(m, f"s{i}", 0, v + i % 3 / 100) for m, v in (("EchoDistill", .8), ("worse", .7), ("same", .8)) for i in range(12)]
-    extra = {"judges": "embedded", "flags": "", "train_cpu_seconds": 1.0}
+    extra = {"judges": "embedded"}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r | extra) + "\n" for _, r in rows))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmark -->\nold\n<!-- end -->\nafter\n")
@@ -196,7 +208,9 @@ def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_agai
         assert sheet.size == (144 + 8 * 128, 2 * 128) and np.asarray(sheet)[:128, 144:].std() > 10
     assert "data:image/webp;base64," in page and "http" not in page and "untouched" in page
     code, message = exit_of(evaluate.main, benchmark(*flags[:-1], "short=--max_train_steps 3"), capsys)
-    assert code == 2 and "other flags" in message
+    assert code == 2 and "max_train_steps 3" in message and "--output_dir" in message
+    code, message = exit_of(evaluate.main, benchmark(*flags, "--num_seeds", 2), capsys)
+    assert code == 2 and "num_seeds 1, not 2" in message
 
 
 def test_dreambench_reads_photos_and_the_lists_of_both_kinds(hub_judges, tmp_path, capsys):
@@ -212,8 +226,13 @@ def test_dreambench_reads_photos_and_the_lists_of_both_kinds(hub_judges, tmp_pat
              "--seeds", "0", "--method", f"short={SHORT}", "--output_dir", "bench", "--subjects"]
     code, message = exit_of(evaluate.main, flags + ["2"], capsys)
     assert code == 2 and "lacks backpack_dog" in message and "download.py" in message
-    evaluate.main(flags + ["1"])
+    evaluate.main(flags + ["1", "--keep_runs"])
     (row,) = lines()
+    (job,) = __import__("pathlib").Path("bench/jobs").rglob("*.json")  # lost, as by a kill after the training: drawn and scored again
+    spent = json.loads(job.read_text())["train_cpu_seconds"]
+    job.unlink(), os.unlink("bench/results.jsonl")
+    evaluate.main(flags + ["1"])
+    assert lines() == [row] and row["iterations"] == 4 and json.loads(job.read_text())["train_cpu_seconds"] == spent > 0
     assert row["subject"] == "backpack" and set(row["scores"]["student, 1 step"]) == {"CLIP-T", "CLIP-I", "DINO", "identity", "drift"}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def by_subject(results, method, model, score):
         value = line["scores"].get(model, {}).get(score) if m == method else None
         if value is not None:
             seeds.setdefault(subject, []).append(value)
-    return {s: sum(v) / len(v) for s, v in seeds.items()}
+    return {s: sum(v) / len(v) for s, v in sorted(seeds.items())}  # in one order, for intervals draw subjects by number
 
 
 def paired(results, reference, row, score):
@@ -64,7 +65,7 @@ def paired(results, reference, row, score):
 
     A row without training has one seed, which stands for all of them.
     """
-    trained = {k: v for k, v in results.items() if v["iterations"]}
+    trained = {k: v for k, v in results.items() if v["flags"] is not None}
     seeds = [{(s, seed) for m, s, seed in trained if m == method} for method in (reference[0], row[0])]
     common = {k: v for k, v in results.items() if k not in trained or not all(seeds) or k[1:] in seeds[0] & seeds[1]}
     a, b = by_subject(common, *reference, score), by_subject(common, *row, score)
@@ -94,8 +95,9 @@ def row_names(results):
 def cost(results, method):
     """(subjects x seeds, iterations, mean CPU seconds) of a method's trainings, for a table."""
     lines = [line for line in results.values() if line["method"] == method]
-    return (f"{len({x['subject'] for x in lines})} x {len({x['seed'] for x in lines})}", lines[0]["iterations"],
-            f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}")
+    seeds = Counter(x["subject"] for x in lines)
+    size = f"{len(seeds)} x {'-'.join(map(str, sorted({min(seeds.values()), max(seeds.values())})))}"
+    return size, lines[0]["iterations"], f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}"
 
 
 def tables(results, reference):
