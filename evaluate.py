@@ -323,11 +323,15 @@ def run_job(job, args, methods, subjects, scorer, device):
     argv = ["--concept", photos_folder, "--class_word", word, "--output_dir", folder, "--seed", seed, "--device", args.device,
             "--preview_steps", 0, *shlex.split(args.train_flags), *shlex.split(flags or "")]
     argv, spent = [str(a) for a in argv], folder / "cpu_seconds.json"
+
+    def seconds():
+        return json.loads(spent.read_text()) if spent.is_file() else 0.
+
     if flags is not None and not (folder / "config.json").is_file():
         before = 0.
         if checkpoints(folder):
             argv += ["--resume_from_checkpoint", "latest"]
-            before = json.loads(spent.read_text()) if spent.is_file() else 0.
+            before = seconds()
         folder.mkdir(parents=True, exist_ok=True)
         cpu = time.process_time()
         try:
@@ -336,7 +340,7 @@ def run_job(job, args, methods, subjects, scorer, device):
         finally:
             save_json(spent, before + time.process_time() - cpu)
     if flags is not None:
-        line["train_cpu_seconds"] = round(json.loads(spent.read_text()), 1)
+        line["train_cpu_seconds"] = round(seconds(), 1)
         line["iterations"] = json.loads((folder / "log.json").read_text())[-1]["step"]
     trained = train.parse_arguments(argv)
     pair = load_pair(trained.base, trained.token, word, device, vars(trained))
