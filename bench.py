@@ -213,10 +213,14 @@ def build(base, device, flags, random, dtype=None):
     return pair, encoders, heads, optimizers, x, known
 
 
+def build_to_count(base, flags):
+    """`build` on the meta device, and a meter of FLOPs."""
+    return *build(base, "meta", flags | {"compile": False, "gradient_checkpointing": False}, True, torch.float32), Meter(torch.device("meta"))
+
+
 def count(base, flags, published=False):
     """{part: FLOP} of one iteration, on the meta device."""
-    pair, encoders, heads, optimizers, x, known = build(base, "meta", flags | {"compile": False, "gradient_checkpointing": False}, True, torch.float32)
-    meter = Meter(torch.device("meta"))
+    pair, encoders, heads, optimizers, x, known, meter = build_to_count(base, flags)
     iteration(pair, encoders, heads, optimizers, known, x, flags, contextlib.nullcontext, meter, published)
     return meter.flops
 
@@ -225,16 +229,16 @@ def count_echo(base, flags):
     """FLOP that the echo costs beyond its iterations: drawing and ranking the samples, and the teacher's share of echoed images."""
     if not flags["echo_steps"]:
         return 0
-    pair, encoders, *_ = build(base, "meta", flags | {"compile": False, "gradient_checkpointing": False}, True, torch.float32)
+    pair, encoders, *_, meter = build_to_count(base, flags)
     noise, t, context = torch.randn(1, *pair.latent_shape, device="meta"), torch.full((1,), 500, device="meta"), pair.text(["a <v> dog"])
-    with FlopCounterMode(display=False) as drawn, torch.no_grad():
+    with meter("drawn"), torch.no_grad():
         x = pair.decode(pair.student.one_step(noise, context))
         for k in ("identity", "clip"):
             encoders[k].features(x)
-    with FlopCounterMode(display=False) as heard:
+    with meter("heard"):
         pair.teacher(noise, t, context).sum().backward()
-    heard_images = flags["echo_steps"] * max(1, round(flags["echo_share"] * flags["train_batch_size"]))
-    return flags["echo_samples"] * drawn.get_total_flops() + heard_images * heard.get_total_flops()
+    heard = flags["echo_steps"] * max(1, round(flags["echo_share"] * flags["train_batch_size"]))
+    return flags["echo_samples"] * meter.flops["drawn"] + heard * meter.flops["heard"]
 
 
 class Kept:

@@ -45,11 +45,6 @@ JUDGES = {  # CLIP-T and CLIP-I by the first, "DINO" by the second: (hub id or f
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of unit embeddings
 
-def as_it_is(template):
-    """Whether a template asks for the subject without an adjective: "a {} at night", not "a red {}"."""
-    return re.search(r"\b(a|an|the|one) {}", template) is not None
-
-
 def mean_cosine(a, b):
     """Mean cosine over all pairs of unit vectors (N, d) and (M, d)."""
     return (a @ b.T).mean().item()
@@ -201,6 +196,11 @@ def draw(pair, model, prompts, num_seeds, guidance):
     return torch.cat(images)
 
 
+def as_it_is(template):
+    """Whether a template asks for the subject without an adjective: "a {} at night", not "a red {}"."""
+    return re.search(r"\b(a|an|the|one) {}", template) is not None
+
+
 class Scorer:
     """Judges, probes and the untouched student's pictures, made once and used for every run of one base."""
 
@@ -322,25 +322,24 @@ def run_job(job, args, methods, subjects, scorer, device):
     started = time.time()
     argv = ["--concept", photos_folder, "--class_word", word, "--output_dir", folder, "--seed", seed, "--device", args.device,
             "--preview_steps", 0, *shlex.split(args.train_flags), *shlex.split(flags or "")]
-    argv, spent = [str(a) for a in argv], folder / "cpu_seconds.json"
-
-    def seconds():
-        return json.loads(spent.read_text()) if spent.is_file() else 0.
-
+    argv = [str(a) for a in argv]
+    record = folder / "cpu_seconds.json"  # outlives a stop, as the checkpoints do
+    spent = json.loads(record.read_text()) if record.is_file() else 0.
     if flags is not None and not (folder / "config.json").is_file():
-        before = 0.
         if checkpoints(folder):
             argv += ["--resume_from_checkpoint", "latest"]
-            before = seconds()
+        else:
+            spent = 0.
         folder.mkdir(parents=True, exist_ok=True)
-        cpu = time.process_time()
+        begun = time.process_time() - spent
         try:
             with open(folder / "train.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), torch.enable_grad():
                 train.main(argv)
         finally:
-            save_json(spent, before + time.process_time() - cpu)
+            spent = time.process_time() - begun
+            save_json(record, spent)
     if flags is not None:
-        line["train_cpu_seconds"] = round(seconds(), 1)
+        line["train_cpu_seconds"] = round(spent, 1)
         line["iterations"] = json.loads((folder / "log.json").read_text())[-1]["step"]
     trained = train.parse_arguments(argv)
     pair = load_pair(trained.base, trained.token, word, device, vars(trained))

@@ -43,8 +43,9 @@ RECIPES = {"emoji": dict(
     adversarial_weight=.05, scene_adversarial_weight=0., identity_weight=.3, latent_weight=4., swd_weight=.1, swd_projections=8,
     guidance_scale=2., target_noise=.3, weight_alignment=False, scene_prompts=.75, size_augmentation=False, flip=False,
     lr_decay=.3, echo_steps=30, echo_samples=256, echo_keep=.25, echo_floor=.25, echo_share=.5, echo_weight=1., echo_noise=.5)}
-# The paper's weights and rates. Ours beside them: a second stage, before which the rates fall; no grey borders, so that latents and features of the photos
-# are computed once; a quarter of the student's prompts are scenes, which the alignment alone judges. Untried on real weights.
+# The paper's weights and rates. Ours beside them: a second stage, before which the rates fall; no grey borders, so that latents and
+# features of the photos are computed once; a quarter of the student's prompts are scenes, which the alignment alone judges. Untried on
+# real weights.
 RECIPES["sd-turbo"] = dict(
     train_unet="kv", carry=False, kv_rate=1., max_train_steps=800, train_batch_size=2, teacher_lr=1e-5, student_lr=2e-5, token_lr=1e-5, critic_lr=1e-4,
     adversarial_weight=1., scene_adversarial_weight=0., identity_weight=1., latent_weight=.5, swd_weight=.1, swd_projections=128,

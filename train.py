@@ -29,8 +29,9 @@ from model import (BASES, RECIPES, Critic, check_memory, check_pair, checkpoints
 MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
 # which flags to lower when a loss or gradient is not finite
 LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--student_lr or --token_lr", "alignment": "--teacher_lr or --student_lr",
-          "adversarial": "--critic_lr or --adversarial_weight", "echo": "--teacher_lr or --echo_weight", "critic": "--critic_lr", "teacher's gradient": "--teacher_lr",
-          "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr", "critics' gradient": "--critic_lr"}
+          "adversarial": "--critic_lr or --adversarial_weight", "echo": "--teacher_lr or --echo_weight", "critic": "--critic_lr",
+          "teacher's gradient": "--teacher_lr", "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr",
+          "critics' gradient": "--critic_lr"}
 
 
 def parser():

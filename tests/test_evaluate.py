@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_agai
     evaluate.main(benchmark(*flags))
     torch.set_num_threads(threads)
     assert lines() == parallel
-    stamps = {p: p.stat().st_mtime_ns for p in __import__("pathlib").Path("bench/jobs").rglob("*.json")}
+    stamps = {p: p.stat().st_mtime_ns for p in Path("bench/jobs").rglob("*.json")}
     capsys.readouterr()
     evaluate.main(benchmark(*flags))
     assert "6 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
@@ -228,9 +229,10 @@ def test_dreambench_reads_photos_and_the_lists_of_both_kinds(hub_judges, tmp_pat
     assert code == 2 and "lacks backpack_dog" in message and "download.py" in message
     evaluate.main(flags + ["1", "--keep_runs"])
     (row,) = lines()
-    (job,) = __import__("pathlib").Path("bench/jobs").rglob("*.json")  # lost, as by a kill after the training: drawn and scored again
+    (job,) = Path("bench/jobs").rglob("*.json")  # lost, as by a kill after the training: drawn and scored again
     spent = json.loads(job.read_text())["train_cpu_seconds"]
-    job.unlink(), os.unlink("bench/results.jsonl")
+    job.unlink()
+    os.unlink("bench/results.jsonl")
     evaluate.main(flags + ["1"])
     assert lines() == [row] and row["iterations"] == 4 and json.loads(job.read_text())["train_cpu_seconds"] == spent > 0
     assert row["subject"] == "backpack" and set(row["scores"]["student, 1 step"]) == {"CLIP-T", "CLIP-I", "DINO", "identity", "drift"}
@@ -243,7 +245,7 @@ def test_the_photos_are_fetched_whole_or_not_at_all(tmp_path, capsys):
         for name in ("dreambooth-main/dataset/dog/00.jpg", "dreambooth-main/dataset/../../evil.jpg", "dreambooth-main/README.md"):
             archive.add(tmp_path / "a.jpg", name)
     download.main(["--url", (tmp_path / "x.tar.gz").as_uri(), "--output", "got"])
-    assert [str(p.relative_to("got")) for p in __import__("pathlib").Path("got").rglob("*.jpg")] == ["dog/00.jpg"]
+    assert [str(p.relative_to("got")) for p in Path("got").rglob("*.jpg")] == ["dog/00.jpg"]
     (tmp_path / "y.tar.gz").write_bytes((tmp_path / "x.tar.gz").read_bytes()[:100])
     code, message = exit_of(download.main, ["--url", (tmp_path / "y.tar.gz").as_uri(), "--output", "half"], capsys)
     assert code == 2 and "--url" in message and not os.path.exists("half")
