@@ -28,9 +28,13 @@ import torch
 import torch.nn.functional as F
 
 from data.benchmark import report
-from data.images import fail, grid, load_photos, photo_paths, save_png, to_pil
-from model import BASES, Encoder, checkpoints, load_pair, load_run, pick_device, save_json
-from sample import read_run
+from data.disk import fail
+from data.images import grid, load_photos, photo_paths, save_png, to_pil
+from data.base import find_base, load_encoder, load_pair, pick_device
+from data.disk import save_json
+from data.recipe import BASES
+from data.run import checkpoints, load_run
+from data.run import read_run
 
 HERE = Path(__file__).parent / "data" / "benchmark"
 CLIP = ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])  # mean and deviation of the encoders' inputs
@@ -98,10 +102,10 @@ class HubJudge(torch.nn.Module):
 
 
 class EmbeddedJudge:
-    """A judge that ships with a base (an Encoder under judges/)."""
+    """A judge that ships with a base (an encoder under judges/)."""
 
     def __init__(self, folder, tokenizer, device):
-        self.source, self.encoder, self.tokenizer = str(folder), Encoder(folder).to(device), tokenizer
+        self.source, self.encoder, self.tokenizer = str(folder), load_encoder(folder).to(device), tokenizer
 
     def embed(self, x):
         return self.encoder.embed(self.encoder.features(x))
@@ -112,8 +116,7 @@ class EmbeddedJudge:
 
 def own_judges(base):
     """The folder of judges that ships with a base, which may not be there."""
-    entry = BASES.get(base, base)
-    return Path("none" if isinstance(entry, dict) else entry) / "judges"
+    return Path(find_base(base).folder or "none") / "judges"
 
 
 def load_judges(name, base, tokenizer, device):

@@ -40,6 +40,11 @@ def identity_per_sample(a, b):
     return 1 - F.cosine_similarity(a, b, dim=-1).mean(1)
 
 
+def latent_per_sample(a, b):
+    """Mean squared error of latents (B, C, h, w)."""
+    return (a - b).square().mean((1, 2, 3))
+
+
 def srgb_to_lab(x):
     """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65, divided by 100 so that L is in [0, 1].
 
@@ -95,6 +100,27 @@ def lpips_per_sample(a, b, impl=None):
     return sum(lpips_tail(i, j, torch.ones_like(i[0, :, 0, 0]), impl) for i, j in zip(a, b))
 
 
+def alignment(student, target, weights, generator=None, impl=None):
+    """The weighted distance (B,) of the student's view from the teacher's; a weight of 0 switches its term off.
+
+    student, target  views with .z (B, C, h, w), .x (B, 3, H, W), .tokens (B, T, d) and .layers; gradients reach student alone
+    weights          has the recipe keys {identity, latent, swd, lpips}_weight, swd_projections, swd_positions, raw_images
+    """
+    total = torch.zeros(len(student.z), device=student.z.device)
+    if weights.identity_weight:
+        total = total + weights.identity_weight * identity_per_sample(student.tokens, target.tokens)
+    if weights.latent_weight:
+        total = total + weights.latent_weight * latent_per_sample(student.z, target.z)
+    if weights.swd_weight:
+        filters = random_projections(weights.swd_projections, generator).to(total.device)
+        images = (2 * x - 1 if weights.raw_images else x for x in (student.x, target.x))  # the release took [-1, 1] for [0, 1]
+        total = total + weights.swd_weight * sliced_wasserstein_per_sample(
+            *images, filters, positions=weights.swd_positions, generator=generator, impl=impl)
+    if weights.lpips_weight:
+        total = total + weights.lpips_weight * lpips_per_sample(student.layers, target.layers, impl)
+    return total
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Adversarial: the student against the real photos
 
@@ -123,6 +149,25 @@ def critic_accuracy(real, fake, weight):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Echo: which of the student's samples are worth giving back to the teacher
+
+def within_prompt(score, number):
+    """Scores (N,) standardised among the samples of the same prompt, number (N,): prompts differ in how high and widely they score."""
+    same = F.one_hot(number).float()
+    same = same / same.sum(0).clamp(min=1).sqrt()  # same @ same.T averages over samples of one prompt
+    score = score - same @ (same.T @ score)
+    return score / (same @ (same.T @ score.square())).sqrt().clamp(min=1e-6)
+
+
+def score_echo(samples, photos, asked, number):
+    """(likeness, identity, fidelity), each (N,), of N samples. Likeness is the mean cosine to the photos, by all encoders;
+    identity is that, and fidelity the cosine to the prompt, both within samples of the same prompt.
+
+    samples, photos  {encoder: unit embeddings (N, d) and (M, d)}, one of them "clip"
+    asked (N, d)     "clip"'s embedding of each sample's prompt; number (N,): which prompt that is
+    """
+    likeness = sum((samples[k] @ photos[k].T).mean(1) for k in photos) / len(photos)
+    return likeness, within_prompt(likeness, number), within_prompt((samples["clip"] * asked).sum(1), number)
+
 
 def select_echo(identity, fidelity, features, keep, floor, max_similarity=.98):
     """Indices of at most `keep` samples, best identity first.

@@ -6,16 +6,16 @@
 Uses the newest run under out/ unless --run names one; writes single images and a grid into its samples/ folder.
 """
 import argparse
-import json
 import math
-import os
 import time
-from pathlib import Path
 
 import torch
 
-from data.images import fail, grid, load_prompts, make_folder, save_png, to_pil
-from model import BASES, RUN, check_run, compile_networks, draw, find_base, load_pair, load_run, load_tokenizer, pick_device, save_run, slug
+from data.base import find_base, load_pair, load_tokenizer, pick_device
+from data.disk import fail, make_folder
+from data.images import grid, load_prompts, save_png, to_pil
+from data.run import load_run, read_run, save_run, slug
+from model import compile_networks, draw
 
 
 def parse_arguments(argv=None):
@@ -54,42 +54,6 @@ def parse_arguments(argv=None):
     pick_device(args.device)
     args.run, args.flags = read_run(args.run, base=args.base)
     return args
-
-
-def read_run(folder=None, root="out", base=None):
-    """(folder, flags) of a finished run, whole and made by us; without a folder, the one under root whose config.json is newest.
-
-    A run may come from anyone: of what its config names, only a base that we know or that the user names is opened.
-    """
-    if folder is None:
-        configs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-        if not configs:
-            fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
-        folder = configs[-1].parent
-    folder, config = Path(folder), Path(folder) / "config.json"
-    if not os.path.isfile(config):
-        fail(f"--run {folder} holds no finished run (no config.json); train one with: python train.py --concept data/dog")
-    try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-        form, model, flags = read["format"], read.get("model", "student"), read["flags"]
-        wanted = {"token": str, "class_word": str, "base": str, "concept": str, "guidance_scale": (int, float)}
-        odd = [k for k, kind in wanted.items() if not isinstance(flags[k], kind) or isinstance(flags[k], bool) or flags[k] == ""]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{config} is damaged ({type(error).__name__}: {error}); train again, or name another run with --run")
-    if form != RUN:
-        fail(f"{config} was not written by this version of train.py (format {form!r}); name another run with --run")
-    if model != "student":
-        fail(f"--run {folder} is the teacher's half of a run; name the folder above it")
-    if odd or not 0 <= flags["guidance_scale"] < math.inf or len(flags["token"].split()) != 1:
-        fail(f"{config}: {(odd or ['token or guidance_scale'])[0]} has a value that train.py never writes; train again, or name another run with --run")
-    if base is None and flags["base"] not in BASES:
-        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
-    own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
-    if base is None and own:
-        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
-    find_base(base or flags["base"])
-    check_run(folder, flags["token"])
-    return folder, flags | {"base": base or flags["base"]}
 
 
 @torch.no_grad()

@@ -1,61 +1,17 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
-import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError
-from tqdm import tqdm
+
+from data.disk import fail, write_atomically
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PROMPTS = Path(__file__).parent / "prompts.json"
-
-
-def fail(message):
-    """Say in one sentence what is wrong and how to mend it, and exit with code 2."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # or the sentence would stand behind a progress bar
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def make_folder(folder, flag):
-    """An output folder, made before any model is loaded."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{flag} {folder} cannot be made ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        fail(f"{flag} {folder} cannot be written to; choose another folder")
-    return Path(folder)
-
-
-def write_atomically(path, write):
-    """Call `write(temporary_path)` and rename the result to `path`: a reader never sees half a file, and none stays behind."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode  # as this user makes files; safetensors makes them unreadable to others
-        write(part)
-        os.chmod(part, mode)
-        with open(part, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, must survive a power cut; Windows has no call for it
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        fail(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); free some space or choose another output folder")
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def photo_paths(folder):
@@ -109,6 +65,51 @@ def load_photos(folder, size, crop="centre", masks=False):
     """All photos of a concept folder, (N, 3, size, size); with masks=True also (N, 1, size, size)."""
     photos, kept = (torch.stack(x) for x in zip(*[load_photo(p, size, crop) for p in photo_paths(folder)]))
     return (photos, kept) if masks else photos
+
+
+class Photos:
+    """The reference photos with their augmentation: flip, and Custom Diffusion's shrink-or-zoom with a mask."""
+
+    SIZES = {"small": (.4, .6), "big": (1.2, 1.4)}  # factor of the photo's size, and the word the prompt then says
+
+    def __init__(self, photos, masks, flip, size_augmentation):
+        self.photos, self.masks = (torch.cat([x, x.flip(3)]) if flip else x for x in (photos, masks))  # (N or 2 N, ...)
+        self.count, self.flip, self.size_augmentation = len(photos), flip, size_augmentation
+
+    def batch(self, n, g):
+        """n augmented photos (n, 3, S, S), masks (n, 1, S, S), a size word or "" each, and their numbers; g a CPU generator."""
+        which = torch.randint(self.count, (n,), generator=g)
+        if self.flip:
+            which = which + self.count * (torch.rand(n, generator=g) < .5)
+        x, mask, said = self.photos[which], self.masks[which], [""] * n
+        if self.size_augmentation:
+            x, mask = x.clone(), mask.clone()
+            for i, (kind, *place) in enumerate(zip(torch.randint(3, (n,), generator=g).tolist(),
+                                                   *torch.rand(3, n, generator=g).tolist())):
+                if kind:
+                    said[i] = self.resize(x[i], mask[i], list(self.SIZES)[kind - 1], *place)
+        return x, mask, said, which
+
+    def resize(self, x, mask, word, u, left, top):
+        """Shrink or zoom one photo (3, S, S) and its mask (1, S, S) in place; returns the size word, "" if left as it was.
+
+        u, left, top in [0, 1): where in SIZES' range the factor lies, and where the photo is put, or the window cut out.
+        """
+        size, (low, high) = x.shape[-1], self.SIZES[word]
+        new = round(size * (low + (high - low) * u))
+        photo = F.interpolate(x[None], size=(new, new), mode="bilinear", antialias=True)[0]
+        part = F.interpolate(mask[None], size=(new, new))[0]
+        a, b = (round(abs(size - new) * v) for v in (left, top))
+        if new > size:
+            photo, part = (v[:, b:b + size, a:a + size] for v in (photo, part))
+        if not part.any():
+            return ""  # nothing of a padded panorama would be seen
+        if new > size:
+            x[:], mask[:] = photo, part
+        else:
+            x[:], mask[:] = 0, 0  # grey around the shrunk photo, and no loss there
+            x[:, b:b + new, a:a + new], mask[:, b:b + new, a:a + new] = photo, part
+        return word
 
 
 def load_prompts(base):

@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def pair():
     """The embedded pair with the token <v>; tests that change it must load their own."""
-    from model import load_pair
+    from data.base import load_pair
     return load_pair("emoji", "<v>", "dog")
 
 
 @pytest.fixture(scope="session")
 def encoders():
-    from model import load_encoders
+    from data.base import load_encoders
     return load_encoders("emoji")
 
 

@@ -150,7 +150,7 @@ def test_a_hub_judge_sees_what_the_models_own_processor_would_show_it(hub_judges
 
 
 def test_the_probes_find_in_the_worlds_own_drawings_what_the_prompts_ask():
-    encoder = evaluate.Encoder(ROOT / "data" / "emoji" / "base" / "judges" / "clip")
+    encoder = evaluate.load_encoder(ROOT / "data" / "emoji" / "base" / "judges" / "clip")
     with torch.no_grad():
         truths = evaluate.Truths(encoder, samples=1000)
         templates = evaluate.read_spec("emoji")["prompts"]["object"]

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import sample as sample_script
 from conftest import ROOT, train
-from model import load_pair, low_rank, save_run, slug, to_lora, trainable_parameters
+from data.base import load_pair
+from data.run import save_run, slug
+from model import low_rank, to_lora, trainable_parameters
 
 FLAGS = {"token": "<v>", "class_word": "dog", "base": "tiny", "concept": "dog", "guidance_scale": 3.0}
 PROMPTS = ["a <v> dog on the beach", "a <v> dog"]

@@ -4,7 +4,8 @@ import torch
 
 import losses
 from kernels.guided_mse import guided_mse
-from model import Critic, load_pair, trainable_parameters
+from data.base import load_pair
+from model import Critic, trainable_parameters
 
 
 @pytest.fixture

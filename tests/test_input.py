@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -19,8 +20,9 @@ import evaluate
 import sample
 import train
 from conftest import ROOT, exit_of
-from data.images import load_photos
-from model import save_json, save_tensors
+from data.recipe import make_parser, read_recipe
+from data.images import Photos, load_photos
+from data.disk import save_json, save_tensors
 
 
 @pytest.fixture
@@ -202,7 +204,8 @@ def test_a_full_disk_stops_the_run_with_one_sentence_and_leaves_no_half_file(con
 
 
 def test_no_space_left_is_said_for_every_kind_of_file(monkeypatch, capsys):
-    from data.images import save_png, write_atomically
+    from data.disk import write_atomically
+    from data.images import save_png
 
     def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -284,19 +287,20 @@ def test_help_is_printed(script):
 
 
 def test_every_flag_of_train_has_a_sentence_and_is_read():
-    source = (ROOT / "train.py").read_text().split("def parse_arguments")[1]
-    for action in train.parser()._actions:
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "losses.py", "data/base.py", "data/run.py", "data/progress.py", "data/recipe.py"))
+    computed = {f"{k}_lr" for k in ("teacher", "student", "token", "critic")}  # getattr(args, f"{k}_lr")
+    for action in make_parser(read_recipe([])[1], "")._actions:
         assert action.help, action.dest
-        assert action.dest == "help" or f"args.{action.dest}" in source, f"--{action.dest} is never read"
+        read = re.search(rf"\b(args|weights)\.{action.dest}\b|flags(\.get\(|\[)\"{action.dest}\"", source)
+        assert action.dest == "help" or read or action.dest in computed, f"--{action.dest} is never read"
 
 
 @pytest.mark.parametrize("size, border", [(64, 0), (512, 0), (64, 31), (16, 7)])
 def test_size_augmentation_never_has_an_empty_mask_and_says_what_it_did(size, border):
     """border: of grey that --crop pad left at top and bottom; 31 of 64 is a panorama of 1 to 32."""
-    args = train.argparse.Namespace(flip=True, size_augmentation=True)
     kept = torch.zeros(2, 1, size, size)
     kept[:, :, border:size - border] = 1
-    photos = train.Photos(kept.expand(-1, 3, -1, -1), kept, args)
+    photos = Photos(kept.expand(-1, 3, -1, -1), kept, flip=True, size_augmentation=True)
     x, mask, said, _ = photos.batch(64, torch.Generator().manual_seed(0))
     latent = torch.nn.functional.interpolate(mask, size=size // 8, mode="area")
     assert set(said) == {"", "small", "big"}

@@ -3,10 +3,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data.run as run_script
 import train as script
 from conftest import train
 from data.benchmark.report import load_methods
-from model import load_pair, load_run, trainable_parameters
+from data.base import load_pair
+from data.run import load_run
+from model import trainable_parameters
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--lr_decay", 0)
 ALONE = ("--denoising_weight", 1, "--reconstruction_weight", 0, "--adversarial_weight", 0, "--identity_weight", 0, "--latent_weight", 0,
@@ -63,9 +66,9 @@ def test_the_echo_stage_teaches_the_teacher_and_carries_nothing_back(concept):
 def test_in_the_echo_stage_the_teacher_moves_first_and_then_the_student_alone(concept, monkeypatch):
     seen = {}
 
-    def look(path, state, optimizers, meta):
+    def look(path, state, meta):
         seen[meta["step"]] = {k: torch.cat([p.detach().flatten() for p in state[k].values()]) for k in ("teacher", "student", "token")}
-    monkeypatch.setattr(script, "save_checkpoint", look)
+    monkeypatch.setattr(run_script, "save_checkpoint", look)
     train(*SHORT, "--max_train_steps", 1, "--echo_steps", 1, "--echo_samples", 16, "--checkpointing_steps", 1)
     still = {(step, k) for step in (2, 3) for k in seen[step] if torch.equal(seen[step][k], seen[step - 1][k])}
     assert still == {(2, "student"), (3, "teacher"), (3, "token")}

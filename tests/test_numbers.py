@@ -8,7 +8,7 @@ import torch
 
 import train as train_script
 from conftest import ROOT, exit_of, train
-from model import checkpoints, read_checkpoint
+from data.run import checkpoints, read_checkpoint
 
 SHORT = ("--max_train_steps", 6, "--echo_steps", 0, "--checkpointing_steps", 2, "--mixed_precision", "no")
 

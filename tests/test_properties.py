@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import save
 
 import train
-from data.images import load_photos, write_atomically
-from model import low_rank, read_checkpoint, restore, save_checkpoint, slug
-from sample import read_run
+from data.disk import write_atomically
+from data.images import load_photos
+from data.run import read_checkpoint, restore, save_checkpoint, slug
+from model import low_rank
+from data.run import read_run
 from test_input import FLAGS, run_folder
 
 settings.register_profile("files", deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import train as train_script
 from conftest import ROOT, train
-from model import checkpoints, read_checkpoint, restore, save_checkpoint
+from data.run import checkpoints, read_checkpoint, restore, save_checkpoint
 
 SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 2, "--log_steps", 3)
 
@@ -65,7 +65,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_printed_command_completes_the_same
 def test_the_echo_asks_what_the_photos_prompts_ask(concept, monkeypatch):
     interrupt_at(7, monkeypatch)  # the first loss of the echo's second iteration
     assert stopped(*SHORT) == 130
-    prompts = read_checkpoint(checkpoints("out/dog")[-1])[0]["echo_prompts"]
+    prompts = read_checkpoint(checkpoints("out/dog")[-1])[0]["state"]["echo"]["prompts"]
     assert set(prompts) == {"a <v> dog", "a photo of a <v> dog", "a picture of a <v> dog"} and len(prompts) == 8  # a quarter of 32
 
 
@@ -128,7 +128,7 @@ def foreign(path):
                                           (lambda p: p.write_text("{}"), "truncated"), (lambda p: (p.unlink(), p.mkdir()), "truncated")])
 def test_damage_of_every_kind_is_refused_by_name_before_a_model_is_loaded(concept, monkeypatch, capsys, damage, said):
     path = Path("out/dog/checkpoints/step-000002.safetensors")
-    save_checkpoint(path, {"token": {"row": torch.zeros(1, 4)}}, {}, {"step": 2, "flags": {}})
+    save_checkpoint(path, {"token": {"row": torch.zeros(1, 4)}}, {"step": 2, "flags": {}})
     read_checkpoint(path)
     damage(path)
     monkeypatch.setattr(train_script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
@@ -155,17 +155,17 @@ def test_only_the_newest_checkpoints_are_kept(concept, monkeypatch, limit, kept)
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing():
     module, other = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
-    save_checkpoint("a.safetensors", {"a": module, "b": {"row": torch.ones(1)}}, {}, {})
+    save_checkpoint("a.safetensors", {"a": module, "b": {"row": torch.ones(1)}}, {})
     row = torch.zeros(1)
     with pytest.raises(ValueError, match="a/weight"):
-        restore(read_checkpoint("a.safetensors")[1], {"b": {"row": row}, "a": other}, {})
+        restore(read_checkpoint("a.safetensors")[1], {}, {"b": {"row": row}, "a": other})
     assert row == 0
 
 
 def test_a_checkpoint_holds_no_value_that_is_not_finite(capsys):
-    save_checkpoint("a.safetensors", {"b": {"row": torch.ones(1)}}, {}, {"step": 1})
+    save_checkpoint("a.safetensors", {"b": {"row": torch.ones(1)}}, {"step": 1})
     with pytest.raises(SystemExit):
-        save_checkpoint("a.safetensors", {"b": {"row": torch.tensor([torch.nan])}}, {}, {"step": 2})
+        save_checkpoint("a.safetensors", {"b": {"row": torch.tensor([torch.nan])}}, {"step": 2})
     assert "b/row" in capsys.readouterr().err and read_checkpoint("a.safetensors")[0]["step"] == 1
 
 
@@ -181,10 +181,10 @@ def test_a_checkpoint_gives_back_modules_optimizers_and_meta_bit_for_bit():
         optimizer.step()
     net, optimizer = make()
     step(net, optimizer)
-    save_checkpoint("a.safetensors", {"net": net}, {"adamw": optimizer}, {"history": [{"loss": .1 + .2}]})
+    save_checkpoint("a.safetensors", {"net": net, "adamw": optimizer}, {"history": [{"loss": .1 + .2}]})
     twin, twin_optimizer = make()
     meta, saved = read_checkpoint("a.safetensors")
-    restore(saved, {"net": twin}, {"adamw": twin_optimizer})
+    restore(saved, meta.pop("state"), {"net": twin, "adamw": twin_optimizer})
     for pair in ((net, optimizer), (twin, twin_optimizer)):
         step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))

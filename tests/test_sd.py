@@ -10,14 +10,15 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-import bench
 import model
 import sample as sample_script
 import train as train_script
-from conftest import exit_of, train
-from model import fetch, find_base, fuse_lora, load_encoders, load_pair
+from conftest import ROOT, exit_of, train
+from data.benchmark import full_size
+from data.base import load_tokenizer, fetch, find_base, load_encoders, load_pair
+from model import fuse_lora
 
-UNET = dict(bench.UNET, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+UNET = dict(full_size.UNET, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], cross_attention_dim=32)
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=800, max_position_embeddings=77,
             projection_dim=32, bos_token_id=798, eos_token_id=799)
@@ -25,17 +26,17 @@ VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 SMALL = dict(
     teacher_unet=dict(UNET, sample_size=24, attention_head_dim=[2, 4], use_linear_projection=True, upcast_attention=True),
     student_unet=dict(UNET, sample_size=16, attention_head_dim=[2, 4], use_linear_projection=True),
-    text_encoder=dict(bench.OPENCLIP, **TEXT), teacher_type="v_prediction", tokens=(4, 24),
-    vae=dict(bench.ENCODERS["vae"], block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
+    text_encoder=dict(full_size.OPENCLIP, **TEXT), teacher_type="v_prediction", tokens=(4, 24),
+    vae=dict(full_size.ENCODERS["vae"], block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
              up_block_types=["UpDecoderBlock2D"] * 2, sample_size=32),
-    tiny_vae=dict(bench.ENCODERS["tiny_vae"], encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8], num_encoder_blocks=[1, 1],
+    tiny_vae=dict(full_size.ENCODERS["tiny_vae"], encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8], num_encoder_blocks=[1, 1],
                   num_decoder_blocks=[1, 1]),
-    dino=dict(bench.ENCODERS["dino"], **VIT, intermediate_size=64, image_size=32, patch_size=16),
-    dinov2=dict(bench.ENCODERS["dinov2"], **VIT, image_size=42, patch_size=14),
-    clip=dict(model_type="clip", projection_dim=32, text_config=dict(bench.OPENCLIP, **TEXT),
-              vision_config=dict(bench.ENCODERS["clip"]["vision_config"], **VIT, intermediate_size=64, image_size=28, projection_dim=32)))
+    dino=dict(full_size.ENCODERS["dino"], **VIT, intermediate_size=64, image_size=32, patch_size=16),
+    dinov2=dict(full_size.ENCODERS["dinov2"], **VIT, image_size=42, patch_size=14),
+    clip=dict(model_type="clip", projection_dim=32, text_config=dict(full_size.OPENCLIP, **TEXT),
+              vision_config=dict(full_size.ENCODERS["clip"]["vision_config"], **VIT, intermediate_size=64, image_size=28, projection_dim=32)))
 SD15 = dict(SMALL, teacher_unet=dict(UNET, sample_size=16, attention_head_dim=2), student_unet=dict(UNET, sample_size=16, attention_head_dim=2),
-            text_encoder=dict(bench.CLIP_L, **TEXT), teacher_type="epsilon")
+            text_encoder=dict(full_size.CLIP_L, **TEXT), teacher_type="epsilon")
 TINY_KL = dict(SMALL, vae=SMALL["tiny_vae"])
 FAMILIES = {"sd2": SMALL, "sd15": SD15, "tiny": TINY_KL}
 SHORT = ("--max_train_steps", 3, "--echo_steps", 3, "--echo_samples", 8, "--checkpointing_steps", 100, "--dinov2_size", 42)
@@ -64,7 +65,7 @@ def bases(tmp_path_factory):
     found = {}
     for name, sizes in FAMILIES.items():
         found[name] = tmp_path_factory.mktemp(name)
-        bench.write_base(found[name], sizes)
+        full_size.write_base(found[name], sizes)
         write_weights(found[name])
     return found
 
@@ -80,7 +81,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("family, flags", [
-    ("sd2", ()), ("sd2", ("--tiny_vae", "--gradient_checkpointing", "--size_augmentation")), ("sd2", ("--paper_exact", "--echo_steps", 3)),
+    ("sd2", ()), ("sd2", ("--tiny_vae", "--gradient_checkpointing", "--size_augmentation")), ("sd2", ("--recipe", ROOT / "data/sd-turbo/paper.toml", "--echo_steps", 3)),
     ("sd15", ()), ("tiny", ("--crop", "pad"))], ids=str)
 def test_both_stages_run_and_move_the_right_parameters(family, flags, bases, concept):
     run = train("--base", bases[family], *SHORT, *flags)
@@ -117,7 +118,7 @@ def test_a_plain_diffusers_pipeline_draws_what_sample_draws(bases, concept):
     run = train("--base", bases["sd2"], *SHORT, "--echo_steps", 0, "--student_lr", .01)
     sample_script.main(["--prompt", "a <v> dog", "--num_images", "1", "--base", str(bases["sd2"])])
     pair = load_pair(bases["sd2"], "<unused>", "dog")
-    tokenizer = model.load_tokenizer(bases["sd2"] / "teacher")
+    tokenizer = load_tokenizer(bases["sd2"] / "teacher")
     from transformers import CLIPTextModel
     pipe = StableDiffusionPipeline(pair.vae, CLIPTextModel.from_pretrained(bases["sd2"] / "teacher/text_encoder"), tokenizer, pair.student.unet,
                                    pair.student.scheduler, None, None)
@@ -132,7 +133,7 @@ def test_a_plain_diffusers_pipeline_draws_what_sample_draws(bases, concept):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--tiny_vae",), ("--crop", "pad"), ("--resolution", 48), ("--dinov2_size", 28), ("--paper_exact", "--mixed_precision", "bf16"),
+    ("--tiny_vae",), ("--crop", "pad"), ("--resolution", 48), ("--dinov2_size", 28), ("--recipe", ROOT / "data/sd-turbo/paper.toml", "--mixed_precision", "bf16"),
     ("--mixed_precision", "no")], ids=str)
 def test_every_flag_of_the_real_pair_is_read(flags, bases, concept, reference):
     widen(concept)
@@ -219,7 +220,7 @@ def test_encoders_see_images_in_their_own_size_and_normalisation(bases):
     maps = encoders["identity"].layers(x)
     assert [m.shape for m in maps] == [(2, encoders["clip"].width, 2, 2)] * 4, "patches of 14 in 28 px, without the class token"
     assert not torch.equal(maps[0], maps[3])
-    raw = load_encoders(bases["sd2"], flags={"paper_exact": True, "dinov2_size": 42})
+    raw = load_encoders(bases["sd2"], flags={"raw_images": True, "dinov2_size": 42})
     y = torch.rand(1, 3, 42, 42) * 2 - 1
     assert torch.equal(raw["dinov2"].prepare(y), y)
 
@@ -317,7 +318,7 @@ def test_a_preset_alone_makes_the_second_family(bases, concept, monkeypatch):
     Path("hub").mkdir()
     save_file(lora, "hub/Hyper-SD15-1step-lora.safetensors")
     encoders = bases["sd15"] / "encoders"
-    hub = {model.SD15: bases["sd15"] / "teacher", "ByteDance/Hyper-SD": Path("hub"), "facebook/dinov2-large": encoders / "dinov2",
+    hub = {"stable-diffusion-v1-5/stable-diffusion-v1-5": bases["sd15"] / "teacher", "ByteDance/Hyper-SD": Path("hub"), "facebook/dinov2-large": encoders / "dinov2",
            "facebook/dino-vits16": encoders / "dino", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": encoders / "clip", "madebyollin/taesd": bases["sd15"] / "tiny_vae"}
     asked = []
 
@@ -362,7 +363,7 @@ def test_a_missing_optional_file_is_none_and_a_folder_is_named(base, capsys):
 
 def test_too_little_memory_is_said_before_loading(bases, concept, monkeypatch, capsys):
     monkeypatch.setattr(train_script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
-    monkeypatch.setattr(model, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("data.base.free_memory", lambda device: 1000)
     code, line = exit_of(train_script.main, ["--concept", "dog", "--base", bases["sd2"]], capsys)
     assert code == 2 and re.search(r"take [\d.]+ GB.* has 0.0 GB free", line)
 

@@ -12,7 +12,7 @@ import torch
 import evaluate as evaluate_script
 import sample as sample_script
 from conftest import ROOT, train
-from model import load_encoders, load_pair
+from data.base import load_encoders, load_pair
 from test_input import run_folder
 
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("kernels/*.py")]

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import sample as sample_script
 import train as train_script
 from conftest import ROOT, train
 from data.images import to_pil
-from model import load_encoders, load_pair, load_run
+from data.images import load_photos
+from data.base import load_encoders, load_pair
+from data.run import load_run
 
 SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 3, "--log_steps", 3)
 
@@ -32,7 +35,7 @@ def test_twenty_steps_lower_the_losses_and_change_the_picture(concept):
     run = train("--max_train_steps", 20, "--echo_steps", 0)
     log = json.loads((run / "log.json").read_text())
     assert [row["step"] for row in log] == list(range(1, 21))
-    pair, photos = load_pair("emoji", "<v>", "dog"), train_script.load_photos(concept, 64)
+    pair, photos = load_pair("emoji", "<v>", "dog"), load_photos(concept, 64)
     noise = torch.randn(8, *pair.latent_shape, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -125,12 +128,12 @@ def test_sample_finds_the_run_and_draws_the_same_bytes_twice(concept, capsys):
         assert re.search(r"\d+ ms per image", out)
         grids.append(open("out/dog/samples/a-v-dog-on-the-beach-grid.png", "rb").read())
     assert grids[0] == grids[1]
-    names = {p.name for p in (train_script.Path("out/dog/samples")).iterdir() if "seed0" not in p.name and p.name != "grid.png"}
+    names = {p.name for p in (Path("out/dog/samples")).iterdir() if "seed0" not in p.name and p.name != "grid.png"}
     assert names == {"a-v-dog-on-the-beach-grid.png", *(f"a-v-dog-on-the-beach-seed{i}.png" for i in (5, 6, 7))}
     single = open("out/dog/samples/a-v-dog-on-the-beach-seed6.png", "rb").read()
     for flags in (["--steps", "2"], ["--steps", "4"], ["--teacher"], ["--base_only"]):
         sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "2", "--seed", "5", "--output_dir", "other", *flags])
-    other = {p.name: p.read_bytes() for p in train_script.Path("other").iterdir()}
+    other = {p.name: p.read_bytes() for p in Path("other").iterdir()}
     assert len(other) == len(set(other.values())) == 12 and single not in other.values()
     sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "1", "--seed", "6", "--output_dir", "alone"])
     assert open("alone/a-v-dog-on-the-beach-seed6.png", "rb").read() == single, "an image depends on its seed alone"

@@ -11,7 +11,8 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.images import SUFFIXES, fail
+from data.disk import fail
+from data.images import SUFFIXES
 
 SOURCE = "https://github.com/google/dreambooth/archive/refs/heads/main.tar.gz"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.images import fail, write_atomically
+from data.disk import fail, write_atomically
 
 HERE = Path(__file__).parent
 SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]

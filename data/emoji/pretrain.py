@@ -32,7 +32,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
-from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
+from data.disk import save_json, save_tensors
+from data.run import read_checkpoint, restore, save_checkpoint
 from world import World, hue_jitter, words
 
 RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
@@ -584,10 +585,11 @@ def export(args):
 @torch.no_grad()
 def measure(args):
     """Judge's top-1 object (of all nouns) and place (of all places) on args.samples fresh prompts; writes scores and a grid."""
-    from model import Encoder, load_pair
+    from data.base import load_pair
+    from data.base import load_encoder
     from world import PLACES, article
     base = Path(args.base)
-    pair, judge, world = load_pair(base, "<v>", "dog"), Encoder(base / "judges" / "clip"), World("pretrain")
+    pair, judge, world = load_pair(base, "<v>", "dog"), load_encoder(base / "judges" / "clip"), World("pretrain")
     g = torch.Generator().manual_seed(args.seed + 12345)
     n = args.samples
     noun, place = torch.randint(len(world.nouns), (n,), generator=g), torch.randint(len(PLACES), (n,), generator=g)

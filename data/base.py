@@ -1,0 +1,331 @@
+"""Find, fetch, check and load a base: a teacher, a student and frozen encoders.
+
+    pair = load_pair("emoji", "<v>", "dog", device)
+
+A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs. Every
+sentence about a missing or foreign file is here.
+"""
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from data.disk import fail
+from data.recipe import BASES, DATA, read_toml
+from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
+
+
+def find_base(name, flags=None):
+    """Where the parts of a base lie: a name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
+
+    .teacher .student .encoders .tiny_vae .student_lora: folders or hub repositories ("owner/name", "owner/name@revision");
+    .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is one, else None. A folder holds
+    teacher/ and student/, or a base.json with the keys of a recipe's [base] ("recipe": "sd-turbo"); exit code 2 if neither.
+    """
+    flags, recipe, folder, entry = flags or {}, name, None, {}
+    if name in BASES:
+        entry = read_toml(DATA / name / "recipe.toml")["base"]
+        folder = DATA / name / entry["folder"] if "folder" in entry else None
+    else:
+        folder, own = Path(name), Path(name, "base.json")
+        if not own.is_file() and not all((folder / part).is_dir() for part in ("teacher", "student")):
+            fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
+        entry = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        recipe = entry.get("recipe", "emoji")
+    if folder is not None:
+        tiny = {"tiny_vae": str(folder / "tiny_vae")} if (folder / "tiny_vae").is_dir() else {}
+        entry = {part: str(folder / part) for part in ("teacher", "student", "encoders")} | tiny | entry
+    given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
+    if "student" in given:
+        given["student_lora"] = None
+    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None}
+    return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
+
+
+def pick_device(name="auto"):
+    """(torch.device, the reason in words); "auto" prefers CUDA, then MPS, then the CPU."""
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name != "auto":
+        kind, _, number = name.partition(":")
+        if count.get(kind, 0) <= (int(number) if number.isdecimal() else 0) or number and not number.isdecimal():
+            fail(f"--device {name} is not here; usable: auto, {', '.join(k for k, v in count.items() if v)}")
+        return torch.device(name), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU found, no CUDA"
+    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+
+
+def fetch(source, name, needed=True):
+    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none."""
+    source = str(source)
+    if os.path.isdir(source):
+        path = Path(source) / name
+        if needed and not path.is_file():
+            fail(f"{source} holds no {name}; give a folder or a hub repository in the diffusers layout")
+        return path if path.is_file() else None
+    repo, _, revision = source.partition("@")
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision or None))
+    except errors.HFValidationError:
+        fail(f"{source} is no name of a hub repository such as stabilityai/sd-turbo; mend --teacher or --student")
+    except errors.GatedRepoError:
+        fail(f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`, or give a local folder")
+    except errors.RepositoryNotFoundError:
+        fail(f"{source} is not on the hub (withdrawn, renamed or private); give a mirror or a local folder with --teacher or --student")
+    except errors.RevisionNotFoundError:
+        fail(f"{source}: the hub repository has no such revision; give a mirror or a local folder")
+    except errors.LocalEntryNotFoundError:  # of the hub's errors, the one that means "no network and not in the cache"
+        fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+    except errors.EntryNotFoundError:
+        if needed:
+            fail(f"{source} on the hub holds no {name}; give a mirror or a local folder in the diffusers layout")
+    except errors.HfHubHTTPError as error:
+        fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
+
+
+def fetch_file(spec):
+    """Path of a file given as "folder/file" or as "owner/name/path/in/the/hub/repository"."""
+    folder, _, file = str(spec).rpartition("/")
+    if os.path.isdir(folder):
+        return fetch(folder, file)
+    owner, name, file = str(spec).split("/", 2)
+    return fetch(f"{owner}/{name}", file)
+
+
+def read_config(source, part, name="config.json", needed=True):
+    path = fetch(source, f"{part}/{name}" if part else name, needed)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
+    except ValueError as error:
+        fail(f"{path} is damaged ({error}); fetch it again or give another folder")
+
+
+def load_part(kind, source, part, random=None, **config):
+    """A diffusers or transformers model of class `kind`; safetensors only, the half-size fp16 file where there is one.
+
+    random: a device to make random weights on, from the config alone.
+    """
+    folder = fetch(source, f"{part}/config.json" if part else "config.json").parent
+    if random:
+        with torch.device(random):
+            if hasattr(kind, "load_config"):
+                return kind.from_config(kind.load_config(folder))
+            return kind(kind.config_class.from_pretrained(folder), **config)
+    diffusers = hasattr(kind, "load_config")
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    for variant in ("fp16", None):
+        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        if fetch(source, f"{part}/{file}" if part else file, needed=False):
+            break
+    else:
+        fail(f"{source} holds no {file}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
+    try:
+        return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        fail(f"{folder} does not hold a {kind.__name__} ({str(error).splitlines()[0]}); fetch it again or give another folder")
+
+
+def check_pair(base):
+    """Refuse a teacher and a student that do not fit together, by their configs alone. A student may bring its UNet only."""
+    def differ(what, a, b, keys):
+        for k in keys:
+            if b is not None and a.get(k) != b.get(k):
+                fail(f"teacher {base.teacher} and student {base.student} have different {what}: {k} is {a.get(k)} and {b.get(k)}; "
+                     "take a pair made from one version of Stable Diffusion")
+
+    for part, source in (("teacher", base.teacher), ("student", base.student)):
+        if not os.path.isdir(source) and str(source).partition("@")[0].count("/") != 1:
+            fail(f"--{part} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
+    for part, source in (("teacher", base.teacher), ("student", base.student)):
+        kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            fail(f"--{part} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
+        for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
+            try:
+                with safe_open(file, "pt"):  # the header tells whether the file is whole
+                    pass
+            except (SafetensorError, OSError) as error:
+                fail(f"{file} is damaged ({error}); fetch it again or give another folder")
+    text, vae = (read_config(base.teacher, part) for part in ("text_encoder", "vae"))
+    unets = [read_config(source, "unet") for source in (base.teacher, base.student)]
+    differ("text encoders", text, read_config(base.student, "text_encoder", needed=False),
+           ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"))
+    differ("autoencoders", vae, read_config(base.student, "vae", needed=False),
+           ("_class_name", "latent_channels", "scaling_factor", "block_out_channels"))
+    differ("UNets", *unets, ("in_channels", "cross_attention_dim"))
+    if unets[0]["cross_attention_dim"] != text["hidden_size"]:
+        fail(f"teacher {base.teacher}: its UNet reads {unets[0]['cross_attention_dim']} numbers per word, its text encoder writes "
+             f"{text['hidden_size']}; the folder mixes two models")
+    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")) \
+            and load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
+        fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
+
+
+def load_tokenizer(source):
+    """The CLIP tokenizer of a teacher or student (folder or hub repository)."""
+    from transformers import CLIPTokenizer
+    files = [fetch(source, f"tokenizer/{n}", needed=False) for n in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")]
+    found = [f for f in files if f]
+    if not found:
+        fail(f"{source} holds no tokenizer/; give a folder or a hub repository in the diffusers layout")
+    try:
+        return CLIPTokenizer.from_pretrained(found[0].parent)
+    except Exception as error:  # the Rust tokenizer raises bare Exceptions
+        fail(f"{found[0].parent} is no CLIP tokenizer ({str(error).splitlines()[0]}); fetch it again or give another folder")
+
+
+def stored_in(device, flags):
+    """What frozen weights are stored in: bf16 on an accelerator that computes in it anyway, else fp32."""
+    return torch.bfloat16 if (flags or {}).get("mixed_precision") == "bf16" and torch.device(device).type != "cpu" else torch.float32
+
+
+def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, random=False):
+    """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
+
+    Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
+    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet and mixed_precision are read. dtype: of frozen
+    weights. random: see `load_part`.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTextModel
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    flags, base, dtype = flags or {}, find_base(base, flags), dtype or stored_in(device, flags)
+    check_pair(base)
+    if flags.get("tiny_vae") and not base.tiny_vae:
+        fail("--tiny_vae: this base names no tiny autoencoder; leave the flag out")
+
+    def load(kind, source, part):
+        return load_part(kind, source, part, device if random else None).float()
+
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
+    tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
+    denoisers = []
+    for source, scheduler, spacing in ((base.teacher, DDIMScheduler, {}), (base.student, EulerDiscreteScheduler, {"timestep_spacing": "trailing"})):
+        folder = fetch(source, "scheduler/scheduler_config.json").parent
+        denoisers.append(Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **spacing)))
+    if base.student_lora:
+        path = fetch_file(base.student_lora)
+        try:
+            fuse_lora(denoisers[1].unet, load_file(path))
+        except ValueError as error:
+            fail(f"{path} does not fit the student's UNet: {error}; it was made for another model")
+    if torch.device(device).type == "cpu":
+        from diffusers.models.attention_processor import AttnProcessor
+        for d in denoisers:
+            d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
+    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, class_word)
+    row = text.row.data
+    for d in denoisers:
+        for name, p in d.unet.named_parameters():
+            p.data = p.data.to(device, torch.float32 if moves(name, flags.get("train_unet", "kv")) else dtype)
+        d.to(device).eval().requires_grad_(False)
+    for module in (text, vae, tiny):
+        if module is not None:
+            module.to(device, dtype).eval().requires_grad_(False)
+    text.row = nn.Parameter(row.to(device))
+    resolution = flags.get("resolution") or denoisers[1].unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return Pair(text, vae, *denoisers, text, resolution, tiny)
+
+
+def load_encoder(folder):
+    """One image encoder of the embedded world, in evaluation mode."""
+    from transformers import AutoModel, CLIPTextModel
+    vision = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    heads = load_file(Path(folder) / "heads.safetensors")
+    text = CLIPTextModel.from_pretrained(Path(folder) / "text", use_safetensors=True) if "text" in heads else None
+    return Encoder(vision, heads["image"], text, heads.get("text"))
+
+
+def load_encoders(base, device="cpu", flags=None, dtype=None, random=False):
+    """The frozen *training* encoders of a base: "identity", "clip", and any that only a critic's head stands on.
+
+    The judges are not reachable from here. flags: a run's, of which dinov2_size, raw_images and mixed_precision are read.
+    """
+    flags, base, dtype = flags or {}, find_base(base, flags), dtype or stored_in(device, flags)
+    at = base.encoders
+    if not isinstance(at, dict):
+        if (Path(at) / "clip" / "heads.safetensors").is_file():  # the embedded world's
+            return {name: load_encoder(Path(at) / name).to(device) for name in ("clip", "identity")}
+        at = {name: f"{at}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{at}/ip_adapter.safetensors"}
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, Dinov2Model, ViTModel
+
+    def load(kind, name, **config):
+        return load_part(kind, at[name], "", device if random else None, **config).to(dtype)
+
+    def preprocessing(name):
+        return read_config(at[name], "", "preprocessor_config.json")
+
+    raw = bool(flags.get("raw_images"))
+    dino = ViT(load(ViTModel, "dino", add_pooling_layer=False), preprocessing("dino"), raw=raw)
+    dinov2 = ViT(load(Dinov2Model, "dinov2"), preprocessing("dinov2"), flags.get("dinov2_size") or 518, raw)
+    clip = CLIP(load(CLIPVisionModelWithProjection, "clip"), load(CLIPTextModelWithProjection, "clip"), preprocessing("clip"), raw)
+    identity = ImageTokens(clip, load_file(fetch_file(at["ip_adapter"])))
+    encoders = {"dino": dino, "dinov2": dinov2, "clip": clip, "identity": identity}
+    return {k: e.to(device).eval().requires_grad_(False) for k, e in encoders.items()}
+
+
+def check_memory(base, device, flags):
+    """Refuse a run whose weights and optimizer alone, counted from the configs, do not fit into the free memory."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection, Dinov2Model
+    at, size = find_base(base, flags), stored_in(device, flags).itemsize
+    parts = [(UNet2DConditionModel, at.teacher, "unet"), (UNet2DConditionModel, at.student, "unet"), (CLIPTextModel, at.teacher, "text_encoder")]
+    if isinstance(at.encoders, dict):
+        parts += [(Dinov2Model, at.encoders["dinov2"], ""), (CLIPVisionModelWithProjection, at.encoders["clip"], "")]
+    needed = 0
+    for kind, source, part in parts:
+        network = load_part(kind, source, part, random="meta")
+        needed += size * sum(p.numel() for p in network.parameters())
+        if part == "unet":  # in fp32: weight, gradient, AdamW's two moments
+            needed += (16 - size) * sum(p.numel() for p in trainable_parameters(network, flags["train_unet"], flags["lora_rank"]).values())
+    free = free_memory(device)
+    if free is not None and needed > free:
+        fail(f"the models and their optimizer alone take {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; "
+             "free some, take a larger device, or train fewer weights (--train_unet kv)")
+
+
+def free_memory(device):
+    """Free bytes of a device, or None where nothing tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cpu" and Path("/proc/meminfo").is_file():
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return None
+
+
+def check_base(args):
+    """Refuse what the base's configs tell of a run's flags, before any weight is read."""
+    base = find_base(args.base, vars(args))
+    check_pair(base)
+    if args.tiny_vae and not base.tiny_vae:
+        fail(f"--tiny_vae: the base {args.base} names no tiny autoencoder; leave the flag out")
+    if args.mixed_precision == "fp16" and read_config(base.teacher, "scheduler", "scheduler_config.json").get("prediction_type") == "v_prediction":
+        fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
+    if args.resolution is not None:
+        step = 2 ** sum(len(read_config(source, part)["block_out_channels"]) - 1 for source, part in ((base.teacher, "vae"), (base.student, "unet")))
+        if args.resolution < step or args.resolution % step:
+            fail(f"--resolution must be a multiple of {step} for this pair, not {args.resolution}")
+    if not args.token.strip() or any(c.isspace() for c in args.token):
+        fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
+    tokenizer = load_tokenizer(base.teacher)
+    if len(tokenizer.tokenize(args.token)) == 1:
+        fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
+    if args.token in args.class_word:
+        fail(f"--class_word {args.class_word} holds the token {args.token} itself; say the ordinary noun, such as dog")
+    if len(tokenizer.tokenize(args.class_word)) > tokenizer.model_max_length // 2:
+        fail(f"--class_word {args.class_word[:40]}... fills more than half of the {tokenizer.model_max_length} tokens that the model reads; shorten it")

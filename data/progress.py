@@ -1,0 +1,85 @@
+"""What a run shows while it trains: the log line, loss curves, previews, and a stop when a number is not finite."""
+import time
+
+import torch
+from tqdm import tqdm
+
+from data.disk import fail, save_json
+from data.images import curves, save_png
+from data.run import checkpoints
+
+# which flags to lower when a loss or gradient is not finite
+LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--student_lr or --token_lr", "alignment": "--teacher_lr or --student_lr",
+          "adversarial": "--critic_lr or --adversarial_weight", "echo": "--teacher_lr or --echo_weight", "critic": "--critic_lr",
+          "teacher's gradient": "--teacher_lr", "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr",
+          "critics' gradient": "--critic_lr"}
+
+
+class Progress:
+    """Means of every loss term over `log_steps` iterations, and an eye on what may go wrong; a part of the run's state."""
+
+    def __init__(self, out, args, device, total):
+        self.out, self.args, self.device, self.total = out, args, device, total
+        self.history, self.sums = [], {}  # rows of the log, and each term's values since the last row
+        self.watched = []  # losses and gradients not yet looked at
+        self.duels, self.first_pull, self.won = [], {}, set()  # critics against the student
+        self.started = time.time()
+
+    def bar(self, steps):
+        self.started = time.time()
+        self.line = tqdm(steps, initial=steps.start, total=steps.stop, mininterval=1)
+        return self.line
+
+    def after(self, step, terms, norms, duel):
+        """Take in one iteration.
+
+        terms  {loss: scalar tensor}; norms  {whose gradient: norm}
+        duel   {critic: (norm of its pull on the student's features, share of pictures that it calls what they are)}
+        """
+        terms, norms = ({k: v.detach() for k, v in part.items()} for part in (terms, norms))
+        for k, v in terms.items():
+            self.sums.setdefault(k, []).append(v)
+        self.watched.append((step + 1, terms | norms))
+        self.duels.append(duel)
+        log_now = (step + 1) % self.args.log_steps == 0 or step + 1 == self.total
+        if self.device.type == "cpu" or log_now or (step + 1) % self.args.checkpointing_steps == 0:  # on a GPU, looking makes it wait
+            self.stop_if_not_finite()
+        if log_now:
+            means = {k: torch.stack(v).mean().item() for k, v in self.sums.items()}
+            self.history.append({"step": step + 1, **means})
+            self.line.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()))
+            self.look_at_critics(step + 1)
+            self.sums, self.duels = {}, []
+
+    def stop_if_not_finite(self):
+        """Every loss and gradient since the last call, in the order in which they came."""
+        for number, row in self.watched:
+            for what, value in row.items():
+                if not value.isfinite():
+                    found = checkpoints(self.out)
+                    fail(f"{what} is {value.item()} at iteration {number}; lower {LIKELY[what]}"
+                         + (" or try --mixed_precision no" if self.args.mixed_precision != "no" else "") + "; "
+                         + (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"))
+        self.watched.clear()
+
+    def look_at_critics(self, number):
+        """Say once of a critic that it has won: always right, and its pull on the student a hundredth of what it was."""
+        for k in dict.fromkeys(k for duel in self.duels for k in duel if k not in self.won):
+            pull, right = (torch.stack(v) for v in zip(*(duel[k] for duel in self.duels if k in duel)))
+            strength = pull.max().item()
+            self.first_pull.setdefault(k, strength)
+            if right.min() == 1 and strength < .01 * self.first_pull[k]:
+                self.won.add(k)
+                print(f"\nnote: the {k} critic has won by iteration {number}: it is always right and its pull on the student is "
+                      f"{strength / self.first_pull[k]:.1g} of what it was; lower --critic_lr")
+
+    def finish(self):
+        save_json(self.out / "log.json", self.history)
+        save_png(curves(self.history), self.out / "losses.png")
+
+    def state_dict(self):
+        return {"history": self.history, "sums": {k: [x.item() for x in v] for k, v in self.sums.items()}}
+
+    def load_state_dict(self, state):
+        self.history = state["history"]
+        self.sums = {k: [torch.tensor(x, device=self.device) for x in v] for k, v in state["sums"].items()}

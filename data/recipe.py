@@ -1,0 +1,189 @@
+"""Recipes: every setting of the method as a key of a TOML file, and as a flag --key of train.py.
+
+A base's data/NAME/recipe.toml sets all keys. A file given by --recipe sets some of them, and a flag overrides both. A file may
+start from another with `extends = "FILE"`, relative to itself. [base] says where the models are, [recipe] holds the keys below;
+a file without tables holds keys only.
+"""
+import argparse
+import difflib
+import math
+import tomllib
+from pathlib import Path
+
+from data.disk import fail
+
+DATA = Path(__file__).resolve().parent
+BASES = ("emoji", "sd-turbo", "hyper-sd15")
+SHARE, ANY = (0, 1), (0, math.inf)
+
+# flag of a run: (type or choices, (lowest, highest), default, what it is)
+RUN = {
+    "concept": (str, None, None, "folder of 3-6 photos of the subject (needed)"),
+    "class_word": (str, None, None, "the subject's ordinary noun; default: the folder's name"),
+    "token": (str, None, "<v>", "the new word for the subject"),
+    "output_dir": (str, None, None, "default: out/FOLDER NAME"),
+    "base": (str, None, None, "emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
+                              "with --teacher or --student sd-turbo"),
+    "teacher": (str, None, None, "folder or hub repository in place of the base's teacher"),
+    "student": (str, None, None, "folder or hub repository in place of the base's student"),
+    "recipe": (str, None, None, "TOML file of settings on top of the base's own, such as data/sd-turbo/paper.toml"),
+    "resolution": (int, None, None, "pixels along one side; default: the student's own"),
+    "device": (str, None, "auto", "auto, cpu, cuda or mps"),
+    "kernels": (("auto", "triton", "torch"), None, "auto", "of the alignment losses; auto: Triton on CUDA"),
+    "tiny_vae": (bool, None, False, "decode for the image losses with the base's tiny autoencoder: cheaper"),
+    "dinov2_size": (int, None, 518, "pixels that DINOv2 sees, a multiple of 14; 224 costs a sixth"),
+    "gradient_checkpointing": (bool, None, False, "less memory, about a third more time"),
+    "compile": (bool, None, False, "torch.compile and channels-last for both UNets and the decoder"),
+    "seed": (int, None, 42, "of everything; same seed, same bytes on a CPU"),
+    "log_steps": (int, (1, math.inf), 10, "iterations per point of the loss curves"),
+    "preview_steps": (int, ANY, 100, "iterations per preview grid; 0 draws only the last"),
+    "checkpointing_steps": (int, (1, math.inf), 100, "iterations per checkpoint"),
+    "checkpoints_total_limit": (int, ANY, 2, "newest checkpoints that are kept; 0 keeps all"),
+    "resume_from_checkpoint": (str, None, None, '"latest" or a file of OUTPUT_DIR/checkpoints'),
+}
+
+# key of a recipe: (type or choices, (lowest, highest), what it is); a weight of 0 switches its term off
+KEYS = {
+    "max_train_steps": (int, (1, math.inf), "iterations of the joint stage"),
+    "train_batch_size": (int, (1, math.inf), "images per iteration and model"),
+    "train_unet": (("kv", "attention", "all", "lora"), None, "which UNet weights move"),
+    "lora_rank": (int, (1, math.inf), 'of train_unet "lora", in every attention layer'),
+    "carry": (bool, None, "every step of the teacher's weights in the joint stage moves the student's too"),
+    "teacher_lr": (float, ANY, "0 freezes the teacher"),
+    "student_lr": (float, ANY, "0 freezes the student"),
+    "token_lr": (float, ANY, "0 freezes the concept token at the class word"),
+    "kv_rate": (float, ANY, "learning rate of cross-attention keys and values, as a multiple of their UNet's"),
+    "critic_lr": (float, ANY, "of the discriminators' heads"),
+    "lr_decay": (float, SHARE, "last share of each stage in which rates fall to 0; all of the student's part of the echo stage"),
+    "weight_decay": (float, ANY, "AdamW, not on the token"),
+    "max_grad_norm": (float, None, "gradients of each UNet and of the critics are clipped to this norm; inf: never"),
+    "mixed_precision": (("no", "bf16", "fp16"), None, "autocast of the forward passes; fp16 only with an epsilon teacher"),
+    "reconstruction_weight": (float, ANY, "teacher on the photos; 0 freezes teacher and token"),
+    "adversarial_weight": (float, ANY, "student against the photos, per discriminator"),
+    "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),
+    "identity_weight": (float, ANY, "1 - cosine of image tokens, student against teacher"),
+    "latent_weight": (float, ANY, "latent MSE, student against teacher"),
+    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images"),
+    "swd_projections": (int, (1, math.inf), "random filters per call"),
+    "swd_positions": (int, ANY, "patches per level at most, about; 0: all"),
+    "lpips_weight": (float, ANY, "perceptual distance of the decoded images in the identity encoder's features"),
+    "guidance_scale": (float, ANY, "of the teacher, in the alignment target and in samples"),
+    "target_noise": (float, SHARE, "targets start at noise levels from this share of the schedule up"),
+    "weight_alignment": (bool, None, "weigh alignment by c(t') = alpha_bar(t')"),
+    "detach_prompt": (bool, None, "keep student losses away from the token"),
+    "raw_images": (bool, None, "images in [-1, 1] go into encoders and the Wasserstein term as they are, as the release did"),
+    "denoising_weight": (float, ANY, "student's own denoising loss on the photos, as baselines train; moves the token too"),
+    "sequential": (bool, None, "all iterations for the teacher alone, then as many for the student"),
+    "share_text": (bool, None, "off: the student learns a token of its own by its own losses"),
+    "scene_prompts": (float, SHARE, "share of the student's prompts that are scenes"),
+    "crop": (("centre", "pad"), None, "the centre square, or the whole photo on masked grey"),
+    "flip": (bool, None, "mirror photos at random"),
+    "size_augmentation": (bool, None, "shrink or zoom photos, and say so in the prompt"),
+    "echo_steps": (int, ANY, "iterations in which the teacher hears the echo, then as many in which the student follows; 0: none"),
+    "echo_real_only": (bool, None, "control: as many iterations without the echo"),
+    "echo_samples": (int, (1, math.inf), "one-step samples to choose from"),
+    "echo_keep": (float, SHARE, "share of them that is kept at most; at least one"),
+    "echo_floor": (float, SHARE, "share refused for disagreeing with its prompt, before identity ranks"),
+    "echo_share": (float, SHARE, "echoed images on top of each batch of photos, as a share of it; at least one"),
+    "echo_weight": (float, ANY, "of the teacher's loss on the kept samples"),
+    "echo_noise": (float, SHARE, "teacher sees echoes at noise levels from this share of the schedule up"),
+}
+
+
+def read_toml(path):
+    """A TOML file merged over the one that it extends: {"base": {...}, "recipe": {...}}; keys known, values typed."""
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"--recipe {path} cannot be read ({getattr(error, 'strerror', None) or error}); give a TOML file such as data/sd-turbo/paper.toml")
+    parent = content.pop("extends", None)
+    start = read_toml(path.parent / parent) if parent else {"base": {}, "recipe": {}}
+    tables = content if content.keys() & {"base", "recipe"} else {"recipe": content}
+    for key, value in tables.get("recipe", {}).items():
+        if key not in KEYS:
+            fail(f"{path}: {key} is no key of a recipe; {nearest(key, KEYS)}")
+        tables["recipe"][key] = typed(key, value, path)
+    return {part: start[part] | tables.get(part, {}) for part in start}
+
+
+def typed(key, value, path):
+    """A TOML value as the type that its key has; one sentence where it has another."""
+    kind = KEYS[key][0]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    fits = value in kind if isinstance(kind, tuple) else type(value) is kind
+    if not fits:
+        wanted = " or ".join(f'"{c}"' for c in kind) if isinstance(kind, tuple) else {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        fail(f"{path}: {key} must be {wanted}, not {value!r}")
+    check(key, value, f"{path}: {key}")
+    return value
+
+
+def check(key, value, where):
+    """Refuse a number outside of its key's range; where: what the sentence names."""
+    limits = (KEYS | RUN)[key][1]
+    if key == "max_grad_norm":
+        if not value > 0:
+            fail(f"{where} must be above 0, not {value}; inf switches clipping off")
+    elif limits == SHARE:
+        if not 0 <= value <= 1:
+            fail(f"{where} is a share from 0 to 1, not {value}")
+    elif limits and limits[0] == 1:
+        if value < 1:
+            fail(f"{where} must be at least 1, not {value}")
+    elif limits and not 0 <= value < math.inf:
+        fail(f"{where} must be a number from 0 up, not {value}")
+
+
+def nearest(word, words):
+    close = difflib.get_close_matches(word, words, 1, 0)
+    return f"the nearest is {close[0]}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, with the nearest flag to one that it does not know."""
+
+    def error(self, message):
+        fail(f"{message}; python {self.prog} --help lists the flags")
+
+    def parse_args(self, argv=None, namespace=None):
+        args, rest = self.parse_known_args(argv, namespace)
+        if rest:
+            flags = [f for action in self._actions for f in action.option_strings]
+            fail(f"{rest[0]} is no flag of {self.prog}; {nearest(rest[0].partition('=')[0], flags)}")
+        return args
+
+
+def make_parser(recipe, about):
+    """Every flag of train.py: those of a run, then one --key for each key of a recipe with its value as the default."""
+    p = Parser(prog="train.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+               usage="train.py --concept FOLDER [flags]", allow_abbrev=False)
+    group = p.add_argument_group("recipe (defaults: the base's recipe.toml, then --recipe)")
+    for name, (kind, _, default, what) in RUN.items():
+        add_flag(p, name, kind, default, what)
+    for key, (kind, _, what) in KEYS.items():
+        value = recipe[key]
+        add_flag(group, key, kind, value, f"{what} [{str(value).lower() if isinstance(value, bool) else value}]")
+    return p
+
+
+def add_flag(group, name, kind, default, what):
+    how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple) else \
+        {"type": kind, "metavar": {int: "N", float: "X", str: name.split("_")[-1].upper()}[kind]}
+    group.add_argument(f"--{name}", default=default, help=what.replace("%", "%%"), required=name == "concept", **how)
+
+
+def read_recipe(argv):
+    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
+    from data.base import find_base
+    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
+        p.add_argument(f"--{flag}")
+    args, _ = p.parse_known_args(argv)
+    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
+    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
+    recipe |= own
+    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
+        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
+    return base, recipe

@@ -1,0 +1,362 @@
+"""A run's folder: its checkpoints, how it goes on, and the finished run in forms that other programs load.
+
+Everything on disk is safetensors + JSON + PNG, written to a temporary name and renamed.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from data.base import find_base
+from data.disk import fail, make_folder, save_json, save_tensors, save_text
+from data.images import grid, save_png, to_pil
+from data.recipe import BASES
+from model import draw, to_lora
+
+FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-2"
+LORA = "pytorch_lora_weights.safetensors"
+ROOT = Path(__file__).resolve().parents[1]
+MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run in progress
+
+class Run:
+    """The folder of a run that trains; owns its signals, checkpoints and the place to go on from.
+
+    state   {name: module, optimizer, {name: tensor} or any object with state_dict() and load_state_dict()}: all that a
+            checkpoint holds. What is added to the loop is saved and resumed by being put here, nowhere else.
+    """
+
+    def __init__(self, args, argv=None):
+        self.args, self.argv, self.asked, self.first, self.state = args, sys.argv[1:] if argv is None else argv, [], 0, {}
+        self.handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.resumed = find_checkpoint(args) if args.resume_from_checkpoint else None
+        self.out = make_folder(args.output_dir, "--output_dir")
+
+    def restore(self, state):
+        """Register all that training changes, and put back what the checkpoint to go on from holds of it."""
+        self.state = state
+        if self.resumed:
+            path, meta, tensors = self.resumed
+            try:
+                restore(tensors, meta["state"], state)
+            except ValueError as error:
+                fail(f"--resume_from_checkpoint {path}: {error}; has --base changed since?")
+            self.first, self.resumed = meta["step"], None
+            print(f"resumed {path} at iteration {self.first}")
+        else:
+            self.clear()
+
+    def clear(self):
+        """Nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag."""
+        if checkpoints(self.out):
+            shutil.rmtree(self.out / "checkpoints-before", ignore_errors=True)
+            (self.out / "checkpoints").rename(self.out / "checkpoints-before")
+            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint "
+                  f"{checkpoints(self.out, 'checkpoints-before')[-1]}")
+        for part in ("checkpoints", "previews"):
+            shutil.rmtree(self.out / part, ignore_errors=True)
+        (self.out / "echo.png").unlink(missing_ok=True)
+
+    def steps(self, total, bar):
+        """The iterations left, with a checkpoint after some, and after the one in which Ctrl-C or SIGTERM asks to stop.
+
+        bar: wraps an iterable with a progress bar, as tqdm does.
+        """
+        for s in self.handlers:  # the first signal asks for a checkpoint, the second ends the program at once
+            signal.signal(s, lambda number, _: sys.exit(128 + number) if self.asked else self.asked.append(128 + number))
+        for step in bar(range(self.first, total)):
+            yield step
+            leave = list(self.asked)  # a signal that comes later waits for the next iteration
+            if (step + 1) % self.args.checkpointing_steps == 0 or leave:
+                self.checkpoint(step + 1)
+            if leave:
+                again = re.sub(r" ?--resume_from_checkpoint[ =]('[^']*'|\S+)", "", shlex.join(map(str, self.argv)))
+                print(f"\nstopped after iteration {step + 1}; go on with: python train.py {again} --resume_from_checkpoint latest")
+                sys.exit(leave[0])
+
+    def checkpoint(self, step):
+        path = self.out / "checkpoints" / f"step-{step:06d}.safetensors"
+        save_checkpoint(path, self.state, {"step": step, "flags": vars(self.args)})
+        if self.args.checkpoints_total_limit:
+            for old in [p for p in checkpoints(self.out) if p <= path][:-self.args.checkpoints_total_limit]:
+                old.unlink()
+
+    def finish(self):
+        """The finished run is complete without its checkpoints."""
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+
+def find_checkpoint(args):
+    """(path, meta, tensors) to go on from; "latest" passes over a damaged file and says so, a damaged PATH is refused."""
+    latest = args.resume_from_checkpoint == "latest"
+    for path in checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint)]:
+        try:
+            meta, tensors = read_checkpoint(path)
+        except ValueError as error:
+            if not latest:
+                fail(f"--resume_from_checkpoint: {error}; name another one, or say latest")
+            print(f"note: {error}; the one before is used")
+            continue
+        for k, v in vars(args).items():
+            if k not in MAY_CHANGE_ON_RESUME and meta["flags"].get(k) != v:
+                fail(f"--{k} is {v} but {path} was made with {meta['flags'].get(k)}; give the same flags to resume")
+        return path, meta, tensors
+    fail(f"--resume_from_checkpoint: there is no whole checkpoint in {Path(args.output_dir, 'checkpoints')}; leave the flag out to start anew")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one safetensors file; tensors under "name/key", all else as JSON in its header
+
+def flat(state):
+    """A state_dict as ({key: tensor}, {key: JSON-able value}); an optimizer's moments get keys "number/what"."""
+    state = state if isinstance(state, dict) else state.state_dict()
+    if set(state) == {"state", "param_groups"}:
+        state = {f"{i}/{k}": torch.as_tensor(v) for i, moments in state["state"].items() for k, v in moments.items()}
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return tensors, {k: v for k, v in state.items() if k not in tensors}
+
+
+def fingerprint(tensors, meta):
+    """SHA-256 of names, types, shapes, values and the meta string."""
+    h = hashlib.sha256(meta.encode())
+    for k, v in sorted(tensors.items()):
+        h.update(f"{k} {v.dtype} {tuple(v.shape)} ".encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def save_checkpoint(path, state, meta):
+    """One safetensors file that holds all that a run needs to go on; state as in `Run`, meta: JSON-able facts."""
+    tensors, rest = {}, {}
+    for name, part in state.items():
+        own, rest[name] = flat(part)
+        tensors |= {f"{name}/{k}": v for k, v in own.items()}
+    meta = json.dumps(meta | {"state": rest})
+    save_tensors(path, tensors, {"format": CHECKPOINT, "sha256": fingerprint(tensors, meta), "meta": meta})
+
+
+def checkpoints(folder, part="checkpoints"):
+    """The checkpoint files of a run, oldest first."""
+    return sorted(Path(folder, part).glob("step-*.safetensors"))
+
+
+def read_checkpoint(path):
+    """(meta, {name: tensor}) of a checkpoint; a ValueError says what is wrong with a truncated, altered or foreign file."""
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}")
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+    if header.get("format") != CHECKPOINT:
+        raise ValueError(f"{path} is no checkpoint of this version of train.py")
+    if header.get("sha256") != fingerprint(tensors, header.get("meta", "")):
+        raise ValueError(f"{path} has changed since it was written")
+    return json.loads(header["meta"]), tensors
+
+
+def restore(tensors, rest, state):
+    """Put what `read_checkpoint` read into `state`, in place; all of it or, with a ValueError, nothing."""
+    found = {name: {} for name in state}
+    for key, value in tensors.items():
+        name, _, key = key.partition("/")
+        found.setdefault(name, {})[key] = value
+    for name, part in state.items():
+        if isinstance(part, (dict, torch.nn.Module)):
+            shapes = [{k: tuple(v.shape) for k, v in tensors.items()} for tensors in (flat(part)[0], found[name])]
+            if shapes[0] != shapes[1]:
+                odd = sorted({k for k, _ in shapes[0].items() ^ shapes[1].items()})
+                raise ValueError(f"the checkpoint does not fit these models: {name}/{odd[0]} differs")
+    for name, part in state.items():
+        if isinstance(part, dict):
+            for k, v in part.items():
+                v.data.copy_(found[name][k])
+        elif isinstance(part, torch.optim.Optimizer):
+            moments = {}
+            for key, value in found[name].items():
+                i, k = key.split("/")
+                moments.setdefault(int(i), {})[k] = value
+            part.load_state_dict({"state": moments, "param_groups": part.state_dict()["param_groups"]})
+        else:
+            part.load_state_dict(found[name] | rest.get(name, {}))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A finished run, in the forms that other programs load: README.md in its folder shows how.
+
+def slug(prompt):
+    """A prompt as a file name that every system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def quoted(value):
+    """A path or text as Python code."""
+    return json.dumps(value.as_posix() if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+CARD = """# `{token}` {word}, learned by EchoDistill
+
+{role} of {base}, taught `{token}`. Written with torch {torch}, diffusers {diffusers}, transformers {transformers}.
+
+```python
+{code}
+```
+
+![{count} prompts, seed 0](samples/grid.png)
+
+- `unet_delta.safetensors`: the trained UNet weights themselves, under diffusers names; exact.
+- `{lora}`: their change as a LoRA with kohya keys. {fidelity}
+- `learned_embeds.safetensors`: the token. Once loaded, a second file of the same token needs `token="..."` in `load_textual_inversion`.
+- `config.json`: every flag and version; `samples/`: the pictures above.
+
+The lines need `pip install torch diffusers transformers peft` and draw `samples/{first}`. With a Stable Diffusion base,
+ComfyUI loads the LoRA from `models/loras` and the token from `models/embeddings`; prompts then say `embedding:learned_embeds`
+instead of `{token}`.
+"""
+
+
+def loading_code(part, role, base, exact, prompt, guidance, size):
+    """The lines of plain diffusers that load one half of a run and draw its first sample."""
+    source = getattr(base, role)
+    source = Path(source).relative_to(ROOT) if Path(source).is_relative_to(ROOT) else source
+    lines = ["import torch", "from diffusers import StableDiffusionPipeline"]
+    if not exact:
+        lines += ["from safetensors.torch import load_file"]
+    lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({quoted(source)}, safety_checker=None)"]
+    if role == "student" and base.student_lora:
+        folder, _, file = base.student_lora.rpartition("/")
+        lines.insert(1, "from diffusers import EulerDiscreteScheduler")
+        lines += [f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
+                  'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")']
+    steps, guidance = (1, 0.0) if role == "student" else (16, guidance)
+    return "\n".join([
+        *lines, f"pipe.load_textual_inversion({quoted(part)})",
+        f"pipe.load_lora_weights({quoted(part)})" if exact else
+        f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
+        f"image = pipe({quoted(prompt)}, num_inference_steps={steps}, guidance_scale={guidance}, height={size}, width={size},",
+        "             generator=torch.Generator().manual_seed(0)).images[0]", 'image.save("picture.png")'])
+
+
+def save_run(folder, pair, before, flags, prompts, rank=None):
+    """Write a run: student and, in teacher/, teacher, each as exact weights, LoRA, token, samples, card and config.
+
+    before   {"teacher", "student"}: {name: weight as the base had it} of every weight that may have moved
+    prompts  what the samples show; rank: of the LoRAs, or None for no loss. The student's config comes last: without it, no run.
+    """
+    folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)
+    versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
+    for role, denoiser, text in (("teacher", pair.teacher, pair.text), ("student", pair.student, pair.student_text)):
+        part, shown = (folder / "teacher", prompts[:2]) if role == "teacher" else (folder, prompts)  # its samples cost 32 passes each
+        weights = denoiser.unet.state_dict()
+        moved = {k: weights[k] for k in before[role]}
+        lora, error = to_lora(before[role], moved, rank)
+        exact = error < 1e-6  # rounding in fp32
+        save_tensors(part / "unet_delta.safetensors", moved)
+        save_tensors(part / LORA, lora)
+        save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
+        names = [f"{slug(p)}-seed0.png" for p in shown]
+        images = torch.cat([draw(pair, p, [0], role == "teacher", guidance=flags["guidance_scale"]) for p in shown])
+        for image, name in zip(to_pil(images), names):
+            save_png(image, part / "samples" / name)
+        save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
+        fidelity = "It holds all of it." if exact else \
+            f"It leaves out {error:.2%} of the change (Frobenius norm{'' if rank is None else f', rank {rank}'}; norms and biases fit no LoRA)."
+        code = loading_code(part, role, find_base(flags["base"], flags), exact, shown[0], flags["guidance_scale"], pair.resolution)
+        card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code=code,
+                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0], **versions)
+        save_text(part / "README.md", card)
+        save_json(part / "config.json", {"format": FORMAT, "model": role, "flags": flags, "versions": versions,
+                                         "lora": {"rank": rank, "left_out": error}})
+        print(f"{role}: LoRA {'of full rank' if rank is None else f'of rank {rank}'} leaves out {error:.2%} of the change")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading a finished run
+
+def read_run(folder=None, root="out", base=None):
+    """(folder, flags) of a finished run, whole and made by us; without a folder, the one under root whose config.json is newest.
+
+    A run may come from anyone: of what its config names, only a base that we know or that the user names is opened.
+    """
+    if folder is None:
+        configs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+        if not configs:
+            fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
+        folder = configs[-1].parent
+    folder, config = Path(folder), Path(folder) / "config.json"
+    if not os.path.isfile(config):
+        fail(f"--run {folder} holds no finished run (no config.json); train one with: python train.py --concept data/dog")
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+        form, model, flags = read["format"], read.get("model", "student"), read["flags"]
+        wanted = {"token": str, "class_word": str, "base": str, "concept": str, "guidance_scale": (int, float)}
+        odd = [k for k, kind in wanted.items() if not isinstance(flags[k], kind) or isinstance(flags[k], bool) or flags[k] == ""]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"{config} is damaged ({type(error).__name__}: {error}); train again, or name another run with --run")
+    if form != FORMAT:
+        fail(f"{config} was not written by this version of train.py (format {form!r}); name another run with --run")
+    if model != "student":
+        fail(f"--run {folder} is the teacher's half of a run; name the folder above it")
+    if odd or not 0 <= flags["guidance_scale"] < math.inf or len(flags["token"].split()) != 1:
+        fail(f"{config}: {(odd or ['token or guidance_scale'])[0]} has a value that train.py never writes; train again, or name another run with --run")
+    if base is None and flags["base"] not in BASES:
+        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
+    own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
+    if base is None and own:
+        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
+    find_base(base or flags["base"])
+    check_run(folder, flags["token"])
+    return folder, flags | {"base": base or flags["base"]}
+
+
+def check_run(folder, token):
+    """Refuse a run whose files are missing, cut short or not ours, from their headers alone."""
+    for part in (Path(folder), Path(folder) / "teacher"):
+        for name in ("unet_delta.safetensors", "learned_embeds.safetensors"):
+            try:
+                with safe_open(part / name, "pt") as f:
+                    keys = set(f.keys())
+            except (SafetensorError, OSError) as error:
+                fail(f"{part / name} is missing or damaged ({error}); train again, or name another run with --run")
+            if name.startswith("learned") and keys != {token}:
+                fail(f"{part / name} does not hold the token {token} that config.json names; train again, or name another run with --run")
+
+
+@torch.no_grad()
+def load_run(folder, pair):
+    """Put a run's weights and token into a freshly loaded pair; returns the weights they replace, as `save_run` wants them."""
+    folder, before, rows = Path(folder), {}, []
+    for role, part, denoiser in (("teacher", folder / "teacher", pair.teacher), ("student", folder, pair.student)):
+        delta, row = load_file(part / "unet_delta.safetensors"), load_file(part / "learned_embeds.safetensors")[pair.text.token]
+        weights = denoiser.unet.state_dict()
+        odd = [k for k, v in delta.items() if k not in weights or weights[k].shape != v.shape or not v.isfinite().all()]
+        if odd or row.shape != pair.text.row.shape or not row.isfinite().all():
+            fail(f"{part} does not fit this base: {odd[0] if odd else pair.text.token} has another name, shape or no finite values; name another run with --run")
+        before[role] = {k: weights[k].cpu().clone() for k in delta}
+        denoiser.unet.load_state_dict(delta, strict=False)
+        rows.append(row)
+    pair.text.row.copy_(rows[0])
+    if not torch.equal(*rows):
+        pair.unshare_text()
+        pair.student_text.row.copy_(rows[1])
+    return before
