@@ -14,6 +14,7 @@ from safetensors.torch import save
 import train
 from data.disk import write_atomically
 from data.images import load_photos
+from data.recipe import KEYS, RUN
 from data.run import read_checkpoint, restore, save_checkpoint, slug
 from model import low_rank
 from data.run import read_run
@@ -88,7 +89,7 @@ def test_a_run_of_any_config_is_read_with_sound_flags_or_refused(tmp_path):
     any_json(), any_bytes(), changed_flags()
 
 
-NUMBERS = [a.dest for a in train.parser()._actions if a.type in (int, float)]
+NUMBERS = [k for k, (kind, *_) in (RUN | KEYS).items() if kind in (int, float)]
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
 
@@ -114,13 +115,13 @@ def test_every_checkpoint_comes_back_bit_for_bit_and_any_changed_byte_is_seen(de
     tensors = {k: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(9).to(dtype) for k, (dtype, shape, seed) in described.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.safetensors")
-        save_checkpoint(path, {"part": tensors}, {}, {"meta": meta})
+        save_checkpoint(path, {"part": tensors}, {"meta": meta})
         read, saved = read_checkpoint(path)
-        assert json.dumps(read) == json.dumps({"meta": meta}) and set(saved) == {f"part/{k}" for k in tensors}
+        assert json.dumps(read) == json.dumps({"meta": meta, "state": {"part": {}}}) and set(saved) == {f"part/{k}" for k in tensors}
         for k, v in tensors.items():
             assert saved[f"part/{k}"].dtype == v.dtype and torch.equal(saved[f"part/{k}"], v)
         twins = {k: torch.zeros_like(v) for k, v in tensors.items()}
-        restore(saved, {"part": twins}, {})
+        restore(saved, {}, {"part": twins})
         assert all(torch.equal(twins[k], v) for k, v in tensors.items())
         content = bytearray(path.read_bytes())
         if any(v.numel() for v in tensors.values()):
