@@ -106,7 +106,7 @@ def test_a_finished_job_stands_for_one_whose_flags_mean_the_same(capsys):
 
 def test_a_recipe_that_changed_after_a_job_was_done_is_noticed(capsys):
     benchmark_args = evaluate.parse_arguments(["--benchmark", "emoji", "--method", "slow=--student_lr .001"])
-    recipe = run.resolved(benchmark_args, ROOT / "data" / "dog", "--student_lr .001")
+    recipe = run.resolved(benchmark_args, {"dog": (ROOT / "data" / "dog",)}, "--student_lr .001")
     finished("--student_lr .001", recipe=recipe)
     benchmark("--method", "slow=--student_lr .001")
     assert "1 done" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_a_kept_run_of_another_recipe_is_not_taken_for_this_one(concept, capsys)
 @pytest.mark.parametrize("flags, named", [
     (["--train_flags", "--token '<v>"], "--train_flags"), (["--method", "a=--token '<v>"], "--method"), (["--method", "a=\""], "--method"),
     (["--method", "=--flip"], "--method"), (["--method", "slow --flip"], "--method"), (["--methods", "nonesuch"], "--methods"),
-    (["--methods", "no carry", "--method", "No-Carry=--flip"], "folder")])
+    (["--methods", "no carry", "--method", "No-Carry=--flip"], "folder"), (["--methods", "untouched", "--method", "a=--student_lr -1"], "student_lr")])
 def test_flags_that_cannot_be_read_are_refused_before_anything_is_drawn(flags, named, capsys):
     code, message = refused(capsys, *flags)
     assert code == 2 and message.startswith("error: ") and named in message and not Path("bench/pictures").exists()
@@ -160,7 +160,7 @@ def test_a_training_that_stops_inside_a_job_says_why_on_the_terminal(monkeypatch
 
 GOOD = line("a", "cat", 0, .5)[1]
 DAMAGED = [b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"method": "a"}', b"<<<<<<< HEAD", *[json.dumps(GOOD | bad).encode() for bad in (
-    {"method": ""}, {"method": 3}, {"subject": None}, {"seed": "0"}, {"seed": True}, {"seed": .5}, {"flags": 3}, {"judges": None}, {"iterations": "many"},
+    {"method": ""}, {"method": 3}, {"subject": None}, {"seed": "0"}, {"seed": True}, {"seed": .5}, {"flags": 3}, {"flags": "--token '<v>"}, {"judges": None}, {"iterations": "many"},
     {"train_cpu_seconds": None}, {"train_cpu_seconds": float("nan")}, {"scores": []}, {"scores": {STUDENT: 3}}, {"scores": {"critic": {"DINO": .5}}},
     {"scores": {STUDENT: {"DINO": float("nan")}}}, {"scores": {STUDENT: {"DINO": float("inf")}}}, {"scores": {STUDENT: {"DINO": "high"}}},
     {"scores": {STUDENT: {"DINO": None}}}, {"scores": {STUDENT: {"DINO": True}}}, {"seconds": "long"}, {"recipe": 3}, {"train_flags": 3}, {"num_seeds": "4"},
@@ -398,26 +398,35 @@ def test_two_runs_of_one_subject_make_a_sheet(concept):
     assert len(sheet["trials"]) == 25 and any("on the beach" in t["prompt"] for t in sheet["trials"]) and len(sheet["photos"]) == 5
 
 
-def in_chromium(page, profile, script=""):
-    """The page's own HTML after a script has run in it; `profile` keeps what the browser keeps."""
-    path = profile / "page.html"
-    path.parent.mkdir(exist_ok=True)
+def in_chromium(page, folder, script):
+    """The page's own HTML after a script has run in it."""
+    path = folder / "page.html"
     path.write_text(page.replace("</html>", f"<script>{script}</script></html>"), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-             "--disable-sync", f"--user-data-dir={profile / 'profile'}", "--virtual-time-budget=2000", "--dump-dom"]
+             "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
     return subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_in_a_browser_keys_vote_undo_takes_back_a_reload_forgets_nothing_and_prompts_stay_text(tmp_path):
     page, sheet, _ = make_sheet(tmp_path, 3, EVIL + " {}")
-    press = "const press = (key, more) => document.dispatchEvent(new KeyboardEvent('keydown', {key, ...more})); "
-    tell = "document.body.dataset.votes = votes.map(v => v.trial + v.choice).join(); document.body.dataset.owned = document.title;"
-    numbers = [t["number"] for t in sheet["trials"]]
-    dom = in_chromium(page, tmp_path / "b", press + "press('ArrowLeft'); press('ArrowRight', {repeat: true}); press('ArrowRight'); press('Backspace'); " + tell)
-    assert f'data-votes="{numbers[0]}left"' in dom and "2 of 3" in dom and 'data-owned="Which is better?"' in dom
-    dom = in_chromium(page, tmp_path / "b", press + "press('ArrowRight'); at('right').click(); press('ArrowRight'); " + tell)
-    assert f'data-votes="{numbers[0]}left,{numbers[1]}right,{numbers[2]}right"' in dom and "blob:" in dom and "3 of 3" in dom
+    script = """
+        const press = (key, more) => document.dispatchEvent(new KeyboardEvent("keydown", {key, ...more}));
+        const told = () => votes.map(v => v.trial + v.choice).join() + " " + at("count").textContent + " " + document.title;
+        if (!localStorage.first) {
+          press("ArrowLeft"); press("ArrowRight", {repeat: true}); press("ArrowRight"); press("Backspace");
+          localStorage.first = told();
+          location.reload();
+        } else {
+          const back = told();
+          press("ArrowRight"); at("right").click(); press("ArrowRight");
+          document.body.dataset.told = [localStorage.first, back, told()].join("; ");
+        }"""
+    a, b, c = (t["number"] for t in sheet["trials"])
+    title = "Which is better?"
+    dom = in_chromium(page, tmp_path, script)
+    once = f"{a}left 2 of 3 {title}"
+    assert f'data-told="{once}; {once}; {a}left,{b}right,{c}right 3 of 3 {title}"' in dom and 'href="blob:' in dom
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
@@ -428,5 +437,5 @@ def test_in_a_browser_a_picture_of_the_report_grows_on_a_click_and_no_name_runs(
     evaluate.main(["--report", "--output_dir", str(tmp_path), "--reference", "EchoDistill"])
     click = "document.querySelector('.strips img').click(); document.body.dataset.open = large.open + ' ' + large.querySelectorAll('img').length;"
     wide = "document.body.dataset.fits = document.documentElement.scrollWidth <= innerWidth; document.body.dataset.title = document.title;"
-    dom = in_chromium((tmp_path / "report.html").read_text(encoding="utf-8"), tmp_path / "b", click + wide)
+    dom = in_chromium((tmp_path / "report.html").read_text(encoding="utf-8"), tmp_path, click + wide)
     assert 'data-open="true 1"' in dom and 'data-fits="true"' in dom and 'data-title="EchoDistill benchmark"' in dom

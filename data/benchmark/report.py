@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 import textwrap
 from collections import Counter
 from itertools import groupby
@@ -54,7 +55,8 @@ def read_line(text):
     def number(value):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     rules = {"method": lambda v: isinstance(v, str) and v, "subject": lambda v: isinstance(v, str) and v,
-             "seed": lambda v: type(v) is int, "flags": lambda v: v is None or isinstance(v, str),
+             "seed": lambda v: type(v) is int,
+             "flags": lambda v: v is None or isinstance(v, str) and [v, shlex.split(v)],
              "judges": lambda v: isinstance(v, str), "iterations": number, "train_cpu_seconds": number,
              "scores": lambda v: isinstance(v, dict) and all(
                  model.split(",")[0] in ("world", "student", "teacher") and isinstance(row, dict)
@@ -149,6 +151,11 @@ def cell(value):
 def plain(text):
     """Text that Markdown takes for neither a column nor HTML."""
     return re.sub("<(?=[A-Za-z!/?])", "&lt;", text.replace("|", "\\|"))
+
+
+def code(text):
+    """Text that stays inside a Markdown code span."""
+    return cell(text).replace("`", "'")
 
 
 def markdown(header, rows):
@@ -391,14 +398,15 @@ def write(folder, reference, shown=6):
         rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in results.values())
         write_atomically(folder / "results.jsonl", lambda p: p.write_text(rows, encoding="utf-8"))
     sets = ", ".join(sorted({line["judges"] for line in results.values()}))
-    flags = {m: line["flags"].replace("`", "'") for (m, _, _), line in results.items() if line["flags"] is not None}
+    trained = {m: line["flags"] for (m, _, _), line in results.items() if line["flags"] is not None}
     text = (f"Judges: {plain(cell(sets))}. "
             "Means over subjects of the mean over seeds; [95 % bootstrap interval over subjects].\n\n"
             f"{markdown(*score_table(results))}\n\n"
-            f"{plain(cell(reference))} minus the row, paired by subject and seed; * where the interval excludes "
-            f"0 (from {FEWEST} subjects on).\n\n{markdown(*difference_table(results, reference))}\n\n"
-            + "".join(f"- {plain(cell(m))}: `python train.py --concept SUBJECT --seed SEED {cell(f)}`\n"
-                      for m, f in flags.items()))
+            f"{plain(cell(reference))} minus the row, paired by subject and seed; "
+            f"* where the interval excludes 0 (from {FEWEST} subjects on).\n\n"
+            f"{markdown(*difference_table(results, reference))}\n\n"
+            + "".join(f"- {plain(cell(m))}: `python train.py --concept SUBJECT --seed SEED {code(flags)}`\n"
+                      for m, flags in trained.items()))
     write_atomically(folder / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
     seed = next(iter(results))[2]
     lines = [line for (method, _, s), line in results.items() if method == reference and s == seed]

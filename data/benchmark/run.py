@@ -118,6 +118,15 @@ def choose_methods(args, subjects):
     return methods
 
 
+def resolved(args, subjects, flags):
+    """{key: value} of every setting that decides a training: its recipe on top of the base's own."""
+    import train
+    argv = ["--concept", str(next(iter(subjects.values()))[0]), "--device", args.device]
+    argv += shlex.split(args.train_flags) + shlex.split(flags)
+    return {k: v for k, v in vars(train.parse_arguments(argv)).items()
+            if k not in APART and isinstance(v, (bool, int, float, str, type(None)))}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # One job
 
@@ -172,8 +181,8 @@ def run_job(job, args, methods, subjects, scorer, device):
     import train
     method, subject, seed = job
     photos_folder, word, templates = subjects[subject]
-    flags, folder = methods[method]["flags"], Path(args.output_dir) / "runs" / report.file_name(job)
-    recipe = None if flags is None else resolved(args, photos_folder, flags)
+    flags, recipe = methods[method]["flags"], methods[method]["recipe"]
+    folder = Path(args.output_dir) / "runs" / report.file_name(job)
     line = {"method": method, "subject": subject, "seed": seed, "class_word": word, "flags": flags,
             **asked(args), "recipe": recipe, "iterations": 0, "train_cpu_seconds": 0.}
     started = time.time()
@@ -211,30 +220,21 @@ def asked(args):
     return {k: getattr(args, k) for k in ("benchmark", "train_flags", "judges", "num_seeds")}
 
 
-def resolved(args, photos_folder, flags):
-    """{key: value} of every setting that decides a training: its recipe on top of the base's own."""
-    import train
-    argv = ["--concept", str(photos_folder), "--device", args.device, *shlex.split(args.train_flags)]
-    return {k: v for k, v in vars(train.parse_arguments(argv + shlex.split(flags))).items()
-            if k not in APART and isinstance(v, (bool, int, float, str, type(None)))}
-
-
 def check_finished(args, results, methods, subjects):
     """Refuse to mix results: a finished job stands for one that is asked only if its settings are the same.
 
     Lines hold the resolved recipe. Old ones hold flags alone, which are resolved as train.py reads them now.
     """
-    settings = functools.cache(lambda flags: resolved(args, next(iter(subjects.values()))[0], flags))
+    settings = functools.cache(lambda flags: resolved(args, subjects, flags))
     for (method, subject, _), line in results.items():
         if method not in methods or subject not in subjects:
             continue
         flags, before, now = methods[method]["flags"], dict(line), asked(args)
-        if (flags is None) != (line["flags"] is None):
+        if flags is None or line["flags"] is None:
             now["flags"] = flags
-        elif flags is not None and "recipe" in line:
-            before, now = before | line["recipe"], now | settings(flags)
-        elif flags != line["flags"]:
-            before, now = before | settings(line["flags"]), now | settings(flags)
+        else:
+            before |= line.get("recipe") or settings(line["flags"])
+            now |= methods[method]["recipe"]
         for k, v in now.items():
             if before.get(k, v) != v:
                 fail(f"{args.output_dir} holds results of {method!r} with {k} {before[k]!r}, not {v!r}; "
@@ -273,6 +273,8 @@ def run_benchmark(args, make_scorer):
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()  # the first process has drawn the photos
+    for method in methods.values():  # what train.py refuses is refused before the first job
+        method["recipe"] = None if method["flags"] is None else resolved(args, subjects, method["flags"])
     results, _ = report.read_results(args.output_dir)
     check_finished(args, results, methods, subjects)
     jobs = list(dict.fromkeys((m, s, 0 if methods[m]["flags"] is None else seed)  # untrained: no seed
