@@ -298,8 +298,9 @@ def evaluate_run(args):
         right = ", ".join(f"{k} {v:.3f}" for k, v in ceiling.items())
         print(f"the probes read {right} of real pictures right")
     names = {k: j.source for k, j in scorer.judges.items()}
-    save_json(folder / "scores.json", {"num_seeds": args.num_seeds, "prompts": templates,
-                                       "judges": {"set": args.judges, **names}, "ceiling": ceiling, "scores": rows})
+    judges = {"set": args.judges, **names}
+    save_json(folder / "scores.json", {"num_seeds": args.num_seeds, "prompts": templates, "judges": judges,
+                                       "ceiling": ceiling, "scores": rows})
     save_png(grid(pictures), folder / "contact.png")
     print(f"judges: {args.judges} (CLIP: {names['clip']}, DINO: {names['dino']}); {len(templates)} prompts x "
           f"{args.num_seeds} seeds; pictures: {folder / 'contact.png'}")

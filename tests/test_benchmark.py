@@ -164,7 +164,8 @@ DAMAGED = [b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"method":
     {"train_cpu_seconds": None}, {"train_cpu_seconds": float("nan")}, {"scores": []}, {"scores": {STUDENT: 3}}, {"scores": {"critic": {"DINO": .5}}},
     {"scores": {STUDENT: {"DINO": float("nan")}}}, {"scores": {STUDENT: {"DINO": float("inf")}}}, {"scores": {STUDENT: {"DINO": "high"}}},
     {"scores": {STUDENT: {"DINO": None}}}, {"scores": {STUDENT: {"DINO": True}}}, {"seconds": "long"}, {"recipe": 3}, {"train_flags": 3}, {"num_seeds": "4"},
-    {"benchmark": "../../secret"})]]
+    {"benchmark": "../../secret"}, {"subject": "../../secret"}, {"subject": "/etc"}, {"subject": "a\0b"}, {"subject": ".."}, {"method": "m" * 300},
+    {"judges": "\ud800"}, {"seed": 10 ** 400}, {"iterations": 10 ** 400}, {"flags": "--token \ud800"})]]
 
 
 @pytest.mark.parametrize("bad", DAMAGED, ids=[d[-60:].decode("ascii", "replace") for d in DAMAGED])
@@ -315,9 +316,9 @@ def tags(page):
 
 def test_nothing_that_comes_from_a_run_becomes_html_of_the_page(tmp_path):
     for folder, name in ((tmp_path / "evil", EVIL), (tmp_path / "tame", "tame")):
-        rows = [line(m, name, 0, .5, f"--token {name}", judges=name, train_flags=name) for m in (name, "EchoDistill")]
+        rows = [line(m, name.replace("/", ""), 0, .5, f"--token {name}", judges=name, train_flags=name) for m in (name, "EchoDistill")]
         write_results(folder, rows)
-        make_pictures(folder, rows, "teapot")
+        make_pictures(folder, rows, name.replace("/", ""))
         evaluate.main(["--report", "--output_dir", str(folder), "--reference", name])
     evil, tame = ((tmp_path / k / "report.html").read_text(encoding="utf-8") for k in ("evil", "tame"))
     assert "<img src=x" not in evil and html.escape("</script><img src=x") in evil

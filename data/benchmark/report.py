@@ -19,6 +19,7 @@ from data.images import fail, write_atomically
 
 HERE = Path(__file__).parent
 SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]
+LONGEST = 150  # characters of a name, which becomes one of a file
 FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
 COMPARED = {"CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",
             "DINO": "is it this very subject?",
@@ -53,17 +54,21 @@ def read_line(text):
         raise ValueError("it is no JSON object")
 
     def number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    rules = {"method": lambda v: isinstance(v, str) and v, "subject": lambda v: isinstance(v, str) and v,
-             "seed": lambda v: type(v) is int,
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+    def name(value):
+        return isinstance(value, str) and 0 < len(value) <= LONGEST
+    rules = {"method": name, "subject": lambda v: name(v) and not re.search(r"^\.|[/\\\0]", v),
+             "seed": lambda v: type(v) is int and abs(v) < 2 ** 63,
              "flags": lambda v: v is None or isinstance(v, str) and [v, shlex.split(v)],
-             "judges": lambda v: isinstance(v, str), "iterations": number, "train_cpu_seconds": number,
+             "judges": name, "iterations": number, "train_cpu_seconds": number,
              "scores": lambda v: isinstance(v, dict) and all(
                  model.split(",")[0] in ("world", "student", "teacher") and isinstance(row, dict)
                  and all(map(number, row.values())) for model, row in v.items())}
     later = {"benchmark": lambda v: v in ("emoji", "dreambench"), "train_flags": lambda v: isinstance(v, str),
              "num_seeds": lambda v: type(v) is int, "seconds": number,
              "recipe": lambda v: v is None or isinstance(v, dict)}  # keys that the oldest lines lack
+    json.dumps(line, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could not be written again
     for key, right in (rules | later).items():
         if key not in line and key in rules:
             raise ValueError(f"it has no {key}")

@@ -113,8 +113,9 @@ def choose_methods(args, subjects):
     folders = {}
     for name in methods:
         other = folders.setdefault(report.slug(name), name)
-        if other != name or not report.slug(name).strip("_"):
-            fail(f"--method {name!r} would share its folder with {other!r}; take other letters and digits")
+        if other != name or not report.slug(name).strip("_") or len(name) > report.LONGEST:
+            fail(f"--method {name!r} cannot name a folder of its own (there is {other!r}); "
+                 f"take other letters, {report.LONGEST} at most")
     return methods
 
 
