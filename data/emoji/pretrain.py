@@ -32,15 +32,17 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
+from measure import edge_energy
 from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
 from world import World, hue_jitter, words
 
-RECIPE = {  # of the pair that ships; --steps, --batch (per process) and --lr override
-    "clip": dict(steps=1000, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
+RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
+    "clip": dict(steps=1500, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
     "judge_clip": dict(steps=1050, batch=128, lr=2e-3), "judge_identity": dict(steps=1200, batch=64, lr=2e-3),
-    "vae": dict(steps=3500, batch=16, lr=2e-3), "teacher": dict(steps=11800, batch=24, lr=9e-4),
+    "vae": dict(steps=2400, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
     "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=1900, batch=24, lr=3e-4),
     "export": {}, "measure": {}}
+P = {"beside": .25, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
 
 
 def run(name, args, modules, optimizers, step, preview):
@@ -84,6 +86,12 @@ def run(name, args, modules, optimizers, step, preview):
     return folder
 
 
+def saved(args, stage, name):
+    """State of one module in a stage's checkpoint."""
+    state = load_file(Path(args.work) / stage / "checkpoint.safetensors", device=args.device)
+    return {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + "/")}
+
+
 def average_gradients(module):
     """Mean over processes, when started with torchrun (one thread each is faster than two threads in one process)."""
     if dist.is_initialized():
@@ -92,6 +100,12 @@ def average_gradients(module):
         dist.all_reduce(flat)
         for x, y in zip(gradients, flat.div_(dist.get_world_size()).split([x.numel() for x in gradients])):
             x.copy_(y.view_as(x))
+
+
+def opened(world, args, i):
+    """The world at step i of a curriculum: freedom rises from 0 to --freedom over --open_steps steps."""
+    world.freedom = args.freedom * min(1, (i + 1) / max(1, args.open_steps))
+    return world
 
 
 def trapezoid(i, steps, warmup=200, decay=.3):
@@ -161,7 +175,7 @@ def spoil(images, pca, g):
     """Pictures (B, 3, 64, 64) in other light, half of them as a generator might draw them.
 
     Light: hue, saturation and value of each picture, as DINO does, so that an individual is its shape and marking more than its
-    exact tone. Generator: from a code of 24 x 8 x 8 with noise of up to half the code's size.
+    exact tone. Generator: from a code of CHANNELS x 8 x 8 with noise of up to half the code's size.
     """
     u = torch.rand(3, len(images), generator=g)
     images = hue_jitter((images + 1) / 2, (u[0] - .5) * .4, .6 + .8 * u[1], .7 + .6 * u[2]) * 2 - 1
@@ -175,7 +189,7 @@ def train_encoder(args):
     judge, with_text = args.stage.startswith("judge"), args.stage.endswith("clip")
     args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40}[args.stage]
     torch.manual_seed(args.seed)
-    world = World("pretrain" if with_text else "pretrain+extra")
+    world = World("pretrain" if with_text else "pretrain+extra", P, args.freedom)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
@@ -192,11 +206,11 @@ def train_encoder(args):
 
     def step(i, g):
         if with_text:
-            batch = world.sample(args.batch, g)
+            batch = opened(world, args, i).sample(args.batch, g)
             ids = tokenize(tokenizer, batch.captions, args.device)
             a, b = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output)
         else:
-            views = world.individuals(args.batch, g, alike=judge).flatten(0, 1)
+            views = opened(world, args, i).individuals(args.batch, g, alike=judge).flatten(0, 1)
             a, b = embed(spoil(views, pca, g) if judge else views).chunk(2)
         loss, accuracy = contrast(a, b, scale)
         optimizer.zero_grad()
@@ -222,18 +236,18 @@ def train_encoder(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Autoencoder: 64 px -> 24 x 8 x 8. The code is linear and known before any training: the 24 principal components of
-# 8 x 8 patches (26.5 dB when decoded linearly). The encoder learns to compute it, the decoder to read it without a
-# matrix, and the diffusion networks need not wait for either.
+# Autoencoder: 64 px -> CHANNELS x 8 x 8. The code is linear and known before any training: the leading principal components
+# of 8 x 8 patches, so the diffusion networks need not wait. Decoded linearly, the free world keeps 26.8 dB of 24 components,
+# 30.5 of 48, 32.6 of 64. What is learned is a residual on top of that: first for exactness, then for sharpness.
 
-CHANNELS, PATCH, SCALING = 24, 8, 4.0
+CHANNELS, PATCH = 64, 8  # --channels overrides
 
 
 def principal_components(args):
-    """{basis (24, 3, 8, 8), mean (24,)}: z = conv2d(x, basis, stride 8) - mean has unit mean variance."""
-    path = Path(args.work) / "pca.safetensors"
+    """{basis (CHANNELS, 3, 8, 8), mean (CHANNELS,)}: z = conv2d(x, basis, stride 8) - mean has unit mean variance."""
+    path = Path(args.work) / f"pca{CHANNELS}.safetensors"
     if not path.exists():
-        x = World("pretrain+extra").sample(4096, torch.Generator().manual_seed(7)).images
+        x = World("pretrain+extra", freedom=args.freedom).sample(4096, torch.Generator().manual_seed(7)).images
         patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
@@ -246,12 +260,12 @@ def principal_components(args):
 
 
 def to_latents(pca, x):
-    """Images (B, 3, 64, 64) in [-1, 1] to diffusion latents (B, 24, 8, 8)."""
+    """Images (B, 3, 64, 64) in [-1, 1] to diffusion latents (B, CHANNELS, 8, 8)."""
     return F.conv2d(x, pca["basis"], stride=PATCH) - pca["mean"].view(1, -1, 1, 1)
 
 
 def from_latents(pca, z):
-    """The linear decoding: diffusion latents (B, 24, 8, 8) to images (B, 3, 64, 64) in about [-1, 1]."""
+    """The linear decoding: diffusion latents (B, CHANNELS, 8, 8) to images (B, 3, 64, 64) in about [-1, 1]."""
     back = torch.linalg.pinv(pca["basis"].flatten(1)).T.view_as(pca["basis"])
     return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), back, stride=PATCH)
 
@@ -267,10 +281,8 @@ def psnr(a, b):
 
 
 def build_vae():
-    from diffusers import AutoencoderTiny
-    vae = AutoencoderTiny(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
-                          num_encoder_blocks=(1, 1, 1, 1), latent_channels=CHANNELS, scaling_factor=SCALING)
-    return vae.to(memory_format=torch.channels_last)
+    from autoencoder import PatchAutoencoder
+    return PatchAutoencoder(latent_channels=CHANNELS, patch=PATCH).to(memory_format=torch.channels_last)
 
 
 def follow(ema, model, step, decay=.999):
@@ -279,39 +291,82 @@ def follow(ema, model, step, decay=.999):
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
+class PixelCritic(nn.Module):
+    """Realness of images (B, 3, 64, 64): one logit per 4 x 4 pixels, (B, 1, 16, 16)."""
+    def __init__(self, width=64):
+        super().__init__()
+        conv = nn.utils.parametrizations.spectral_norm
+        self.body = nn.Sequential(
+            conv(nn.Conv2d(12, width, 3, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)), nn.LeakyReLU(.2),
+            conv(nn.Conv2d(2 * width, 2 * width, 3, padding=1)), nn.LeakyReLU(.2), nn.Conv2d(2 * width, 1, 1))
+
+    def forward(self, x):
+        return self.body(F.pixel_unshuffle(x, 2))
+
+
 def train_vae(args):
+    """Residual of the decoder: exact in the first --sharpen of the steps, then also perceptually close and real to a critic.
+
+    It reads noisy codes, as the diffusion networks will give them. Features are those of the clip stage, if it has run.
+    """
     torch.manual_seed(args.seed)
     vae, ema = build_vae().to(args.device), build_vae().to(args.device).requires_grad_(False)
-    world, pca = World("pretrain+extra"), principal_components(args)
+    world, pca = World("pretrain+extra", P, args.freedom), principal_components(args)
+    vae.set_code(**pca)
     ema.load_state_dict(vae.state_dict())
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-    fixed = world.sample(32, torch.Generator().manual_seed(1)).images.to(args.device)
+    critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr / 2, betas=(.5, .99), fused=True)
+    fixed = world.sample(256, torch.Generator().manual_seed(1)).images.to(args.device)
+    vision = None
+    if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
+        vision = build_vision("clip").eval().requires_grad_(False).to(args.device)
+        vision.load_state_dict(saved(args, "clip", "vision"))
+
+    def perceived(x):  # unit feature vectors at each place of each stage
+        return [F.normalize(h, dim=1) for h in vision(x, output_hidden_states=True).hidden_states]
 
     def step(i, g):
-        x = world.sample(args.batch, g).images.to(args.device, memory_format=torch.channels_last)
+        x = opened(world, args, i).sample(args.batch, g).images.to(args.device, memory_format=torch.channels_last)
         z = to_latents(pca, x)
-        noisy = (z + .07 * torch.randn(z.shape, generator=g).to(z)) / SCALING
+        z = z + .12 * torch.rand(len(z), 1, 1, 1, generator=g).to(z) * torch.randn(z.shape, generator=g).to(z)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            code = vae.encoder(x)
-            out = vae.decode(noisy).sample
-        code, out = code.float(), out.float()
-        encoding, l1, edge = F.mse_loss(code * SCALING, z), F.l1_loss(out, x), F.l1_loss(edges(out), edges(x))
-        loss = encoding + 4 * l1 + 4 * edge
+            out = vae.decode(z).sample.float()
+        losses = {"l1": F.l1_loss(out, x), "edge": F.l1_loss(edges(out), edges(x)), "psnr": psnr(out, x)}
+        loss = losses["l1"] + losses["edge"]
+        ramp = min(1, max(0, i / args.steps - args.sharpen) / .05)
+        if ramp > 0:
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                if vision is not None:
+                    losses["seen"] = sum((a.float() - b.float()).square().sum(1).mean() for a, b in zip(perceived(out), perceived(x)))
+                    loss = loss + .1 * ramp * losses["seen"]
+                realness = critic(out).float().mean()
+            g_l, g_r = (torch.autograd.grad(v, out, retain_graph=True)[0].norm() for v in (loss, realness))
+            loss = loss - ramp * args.gan * (g_l / g_r.clamp(min=1e-8)) * realness
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         follow(ema, vae, i, .998)
-        return {"encoding": encoding, "l1": l1, "edge": edge, "psnr": psnr(out, x)}
+        if ramp > 0:
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                on_real, on_fake = critic(x).float(), critic(out.detach()).float()
+            losses["critic"] = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+            critic_optimizer.zero_grad()
+            losses["critic"].backward()
+            critic_optimizer.step()
+        return losses
 
     @torch.no_grad()
     def preview():
         z = to_latents(pca, fixed)
-        exact, learned = (ema.decode(c).sample for c in (z / SCALING, ema.encoder(fixed)))
-        print(f"psnr {psnr(exact, fixed):.2f} with the learned encoder {psnr(learned, fixed):.2f}", flush=True)
-        return torch.stack([fixed, exact, learned], 1).flatten(0, 1)
+        rows = {"linear": ema.linear(z), "learned": torch.cat([ema.decode(c).sample for c in z.split(64)])}
+        print(" ".join(f"{k}: {psnr(v, fixed):.2f} dB, edges {edge_energy(v) / edge_energy(fixed):.3f} of real" for k, v in rows.items()), flush=True)
+        return torch.stack([fixed[:32], *(v[:32] for v in rows.values())], 1).flatten(0, 1)
 
-    run("vae", args, {"vae": vae, "ema": ema}, {"vae": optimizer}, step, preview)
+    run("vae", args, {"vae": vae, "ema": ema, "critic": critic}, {"vae": optimizer, "critic": critic_optimizer}, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -336,11 +391,11 @@ def alphas_cumprod():
 
 def train_teacher(args):
     torch.manual_seed(args.seed)
-    world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
+    world, pca = World("pretrain", P, args.freedom), principal_components(args)
+    tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, text = build_unet(2 * CHANNELS), build_text(tokenizer)
-    clip = Path(args.work) / "clip" / "checkpoint.safetensors"
-    if clip.exists():
-        text.load_state_dict({k[5:]: v for k, v in load_file(clip).items() if k.startswith("text/")})
+    if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
+        text.load_state_dict(saved(args, "clip", "text"))
         print("text encoder starts from the clip stage")
     ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(tokenizer)]).requires_grad_(False).to(args.device)
     both = nn.ModuleList([unet, text]).to(args.device)
@@ -349,7 +404,7 @@ def train_teacher(args):
     bar = alphas_cumprod().to(args.device)
 
     def step(i, g):
-        batch = world.sample(args.batch, g)
+        batch = opened(world, args, i).sample(args.batch, g)
         n = args.batch
         dropped = torch.rand(n, generator=g) < .1
         ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())], args.device)
@@ -370,7 +425,7 @@ def train_teacher(args):
         average_gradients(both)
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        follow(ema, both, i, .9985)
+        follow(ema, both, i, .999)
         return {"v": loss_v, "eps": loss_e}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
@@ -386,7 +441,7 @@ def train_teacher(args):
 
 
 def ddim(unet, noise, text, empty, steps, guidance):
-    """Deterministic DDIM of the v head from pure noise with classifier-free guidance; returns z (B, 24, 8, 8)."""
+    """Deterministic DDIM of the v head from pure noise with classifier-free guidance; returns z (B, CHANNELS, 8, 8)."""
     bar, z = alphas_cumprod().to(noise), noise
     times = torch.linspace(999, 0, steps + 1).round().long()
     for now, then in zip(times[:-1], times[1:]):
@@ -405,8 +460,8 @@ def show(args, pca, z):
     path = Path(args.work) / "vae" / "checkpoint.safetensors"
     if path.exists():
         vae = build_vae().to(args.device)
-        vae.load_state_dict({k[4:]: v for k, v in load_file(path).items() if k.startswith("ema/")})
-        return vae.decode(z / SCALING).sample
+        vae.load_state_dict(saved(args, "vae", "ema"))
+        return vae.decode(z).sample
     return from_latents(pca, z)
 
 
@@ -418,15 +473,14 @@ def show(args, pca, z):
 def load_teacher(args):
     """The teacher's averaged two-headed UNet and text encoder."""
     ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
-    state = load_file(Path(args.work) / "teacher" / "checkpoint.safetensors")
-    ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema/")})
+    ema.load_state_dict(saved(args, "teacher", "ema"))
     return ema.requires_grad_(False).eval().to(args.device)
 
 
 def make_pairs(args):
     """Sample the teacher: `steps` batches of (noise, caption, z0) into pairs_SEED.safetensors."""
     unet, text = load_teacher(args)
-    world, tokenizer = World("pretrain"), build_tokenizer(Path(args.work) / "tokenizer")
+    world, tokenizer = World("pretrain", P, args.freedom), build_tokenizer(Path(args.work) / "tokenizer")
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -441,7 +495,7 @@ def make_pairs(args):
 
 
 class LatentCritic(nn.Module):
-    """Realness of latents (B, 24, 8, 8) under a caption embedding (B, 128): one logit per 4 x 4 cell, (B, 1, 4, 4)."""
+    """Realness of latents (B, CHANNELS, 8, 8) under a caption embedding (B, 128): one logit per 4 x 4 cell, (B, 1, 4, 4)."""
     def __init__(self, width=128):
         super().__init__()
         conv = nn.utils.parametrizations.spectral_norm
@@ -460,7 +514,8 @@ class LatentCritic(nn.Module):
 def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
-    world, pca, tokenizer = World("pretrain"), principal_components(args), build_tokenizer(Path(args.work) / "tokenizer")
+    world, pca = World("pretrain", P, args.freedom), principal_components(args)
+    tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, critic = build_unet().to(args.device), LatentCritic().to(args.device)
     state = trunk.state_dict()
     state |= {k: state[k][CHANNELS:] for k in ("conv_out.weight", "conv_out.bias")}
@@ -537,8 +592,7 @@ def export(args):
     work, base = Path(args.work), Path(args.base)
 
     def part(stage, name):
-        state = load_file(work / stage / "checkpoint.safetensors")
-        return {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + "/")}
+        return saved(args, stage, name)
 
     shutil.rmtree(base, ignore_errors=True)
     tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae()
@@ -635,16 +689,21 @@ if __name__ == "__main__":
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast where it helps")
     p.add_argument("--threads", type=int, default=1, help="per process")
+    p.add_argument("--freedom", type=float, default=1.0, help="of the world: 0 upright on a grid, 1 free geometry and light")
+    p.add_argument("--open_steps", type=int, default=0, help="steps over which freedom rises from 0 (0: from the first on)")
     p.add_argument("--steps", type=int, help="may be raised on resume until the learning rate decays (last 30 %%)")
     p.add_argument("--batch", type=int, help="per process")
     p.add_argument("--lr", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
+    p.add_argument("--channels", type=int, default=64, help="width of the latent code")
+    p.add_argument("--sharpen", type=float, default=.5, help="share of the vae's steps after which it is asked for sharpness (1: never)")
     p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)
     p.add_argument("--save_every", type=int, default=500)
     args = p.parse_args()
+    CHANNELS = args.channels
     for key, value in RECIPE[args.stage].items():
         if getattr(args, key) is None:
             setattr(args, key, value)

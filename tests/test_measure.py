@@ -1,0 +1,51 @@
+"""Measures of distribution and sharpness see what they are for. python -m pytest tests/test_measure.py"""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from measure import edge_energy, kid
+from world import World
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Two sets of 256 pictures each from the same world."""
+    return World("pretrain").sample(512, torch.Generator().manual_seed(0)).images.split(256)
+
+
+def blur(x, size=3):
+    return F.avg_pool2d(F.pad(x, [size // 2] * 4, "replicate"), size, 1)
+
+
+def features(x):
+    """A stand-in for a judge: fixed random projections of pixels and of their differences."""
+    flat = torch.cat([x.flatten(1), 4 * (x[..., 1:] - x[..., :-1]).flatten(1)], 1)
+    return flat @ torch.randn(flat.shape[1], 64, generator=torch.Generator().manual_seed(5)) / 40
+
+
+def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
+    a, b = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    k = lambda x, y: (float(x @ y) / 4 + 1) ** 3
+    within = [sum(k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) / (len(s) * (len(s) - 1)) for s in (a, b)]
+    across = sum(k(x, y) for x in a for y in b) / 35
+    assert kid(a, b) == pytest.approx(1000 * (within[0] + within[1] - 2 * across), rel=1e-4)
+
+
+def test_kid_of_two_samples_of_one_distribution_is_about_zero_and_of_two_distributions_is_not():
+    g = torch.Generator().manual_seed(0)
+    same = [kid(torch.randn(100, 16, generator=g), torch.randn(100, 16, generator=g)) for _ in range(20)]
+    assert abs(sum(same) / 20) < 15 and min(same) < 0 < max(same)  # unbiased: of either sign
+    assert kid(torch.randn(100, 16, generator=g), torch.randn(100, 16, generator=g) + 1) > 1000
+
+
+def test_blurring_raises_kid_and_lowers_edge_energy_the_more_the_stronger(pictures):
+    a, b = pictures
+    distances = [kid(features(x), features(b)) for x in (a, blur(a), blur(a, 5))]
+    sharpness = [edge_energy(x) for x in (a, blur(a), blur(a, 5))]
+    assert distances == sorted(distances) and distances[1] > distances[0] + 1
+    assert sharpness == sorted(sharpness, reverse=True) and sharpness[1] < .8 * sharpness[0]
+
+
+def test_edge_energy_of_a_slope_is_its_slope():
+    slope = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
+    assert edge_energy(slope) == pytest.approx(1 / 63, rel=1e-4) and edge_energy(torch.zeros(1, 3, 8, 8)) == 0
