@@ -1,9 +1,9 @@
 """Measures of distribution and sharpness see what they are for. python -m pytest tests/test_measure.py"""
 import pytest
 import torch
-import torch.nn.functional as F
 
-from measure import edge_energy, kid
+from conftest import ROOT
+from measure import blur, edge_energy, kid, sensitivities, sibling, without_an_eye
 from world import World
 
 
@@ -11,10 +11,6 @@ from world import World
 def pictures():
     """Two sets of 256 pictures each from the same world."""
     return World("pretrain").sample(512, torch.Generator().manual_seed(0)).images.split(256)
-
-
-def blur(x, size=3):
-    return F.avg_pool2d(F.pad(x, [size // 2] * 4, "replicate"), size, 1)
 
 
 def features(x):
@@ -49,3 +45,30 @@ def test_blurring_raises_kid_and_lowers_edge_energy_the_more_the_stronger(pictur
 def test_edge_energy_of_a_slope_is_its_slope():
     slope = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
     assert edge_energy(slope) == pytest.approx(1 / 63, rel=1e-4) and edge_energy(torch.zeros(1, 3, 8, 8)) == 0
+
+
+def test_an_eye_goes_and_the_outline_stays():
+    tiles = World("held_out").sprites
+    spoiled = without_an_eye(tiles)
+    changed = (spoiled != tiles).any(1).float().mean((1, 2))
+    assert torch.equal(spoiled[:, 3], tiles[:, 3]) and changed.max() < .05 and (changed > .01).float().mean() > .9
+
+
+def test_a_sibling_is_another_individual_of_the_same_noun_and_style():
+    world = World("pretrain")
+    sprite = torch.arange(len(world.entries))
+    other = sibling(world, sprite)
+    assert torch.equal(world.noun_of[sprite], world.noun_of[other]) and torch.equal(world.is_flat[sprite], world.is_flat[other])
+    assert (other != sprite).float().mean() > .5
+
+
+def test_judges_move_when_pictures_are_spoiled():
+    from transformers import CLIPTokenizer
+
+    from model import Encoder
+    base = ROOT / "data" / "emoji" / "base"
+    judges = [Encoder(base / "judges" / k) for k in ("clip", "identity")]
+    table = sensitivities(*judges, CLIPTokenizer.from_pretrained(base / "teacher" / "tokenizer"), "held_out", n=24)
+    assert table["blur"]["edges"] < -.1 < table["swapped colours"]["edges"]
+    assert table["swapped colours"]["identity"] < table["blur"]["identity"] < 0
+    assert table["two subjects"]["KID"] > table["blur"]["KID"] > 0
