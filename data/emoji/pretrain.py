@@ -16,6 +16,7 @@ Each training stage goes on from its checkpoint in --work after a kill, and writ
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 from data.images import grid, save_png
 from measure import edge_energy
 from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
-from world import World, hue_jitter, words
+from world import World, article, hue_jitter, words
 
 RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
     "clip": dict(steps=1500, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
@@ -164,11 +165,31 @@ def build_vision(stage):
     return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], layer_type="basic"))
 
 
-def contrast(a, b, scale):
-    """Symmetric InfoNCE of matching rows (B, d); scale is the log of the inverse temperature."""
-    logits = scale.exp().clamp(max=100) * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
-    target = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, (logits.argmax(1) == target).float().mean()
+def contrast(a, b, scale, false=None):
+    """Symmetric InfoNCE of matching rows (B, d); scale is the log of the inverse temperature.
+
+    false (B, d): one more row that a's own row must not be taken for. Returns the loss and how often the match is found.
+    """
+    a, b, temperature = F.normalize(a, dim=1), F.normalize(b, dim=1), scale.exp().clamp(max=100)
+    logits, target = temperature * a @ b.T, torch.arange(len(a), device=a.device)
+    wide = logits if false is None else torch.cat([logits, temperature * (a * F.normalize(false, dim=1)).sum(1, keepdim=True)], 1)
+    return (F.cross_entropy(wide, target) + F.cross_entropy(logits.T, target)) / 2, (wide.argmax(1) == target).float().mean()
+
+
+def falsified(world, batch, g):
+    """The captions of a batch with one noun exchanged: the neighbour's, where there is one and a coin says so, else the subject's.
+
+    In a batch of random captions the place and the subject alone find the match, and nobody ever looks at the neighbour.
+    """
+    out = []
+    coins, nouns = torch.rand(len(batch.captions), generator=g), torch.randint(len(world.nouns) - 1, (len(batch.captions),), generator=g)
+    for caption, noun, beside, coin, new in zip(batch.captions, *(v.tolist() for v in (batch.noun, batch.beside, coins, nouns))):
+        old = beside if beside >= 0 and coin < .7 else noun
+        new += new >= old  # any but the old one
+        head, middle, tail = caption.partition(" next to ")
+        one = lambda part: re.sub(rf"\b(an? )?{world.nouns[old]}\b", lambda m: article(world.nouns[new]) if m[1] else world.nouns[new], part, count=1)
+        out.append(head + middle + one(tail) if beside >= 0 and old == beside else one(head) + middle + tail)
+    return out
 
 
 def spoil(images, pca, g):
@@ -207,12 +228,12 @@ def train_encoder(args):
     def step(i, g):
         if with_text:
             batch = opened(world, args, i).sample(args.batch, g)
-            ids = tokenize(tokenizer, batch.captions, args.device)
-            a, b = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output)
+            ids = tokenize(tokenizer, batch.captions + falsified(world, batch, g), args.device)
+            a, (b, false) = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output).chunk(2)
         else:
             views = opened(world, args, i).individuals(args.batch, g, alike=judge).flatten(0, 1)
-            a, b = embed(spoil(views, pca, g) if judge else views).chunk(2)
-        loss, accuracy = contrast(a, b, scale)
+            (a, b), false = embed(spoil(views, pca, g) if judge else views).chunk(2), None
+        loss, accuracy = contrast(a, b, scale, false)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -292,15 +313,16 @@ def follow(ema, model, step, decay=.999):
 
 
 class PixelCritic(nn.Module):
-    """Realness of images (B, 3, 64, 64): one logit per 4 x 4 pixels, (B, 1, 16, 16)."""
+    """Realness of images (B, 3, 64, 64): one logit per 4 x 4 pixels, (B, 1, 16, 16).
+
+    Without spectral norm: bounded slopes cannot tell pictures apart that differ by 35 dB, and a blind critic is noise.
+    """
     def __init__(self, width=64):
         super().__init__()
-        conv = nn.utils.parametrizations.spectral_norm
         self.body = nn.Sequential(
-            conv(nn.Conv2d(12, width, 3, padding=1)), nn.LeakyReLU(.2),
-            conv(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(.2),
-            conv(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)), nn.LeakyReLU(.2),
-            conv(nn.Conv2d(2 * width, 2 * width, 3, padding=1)), nn.LeakyReLU(.2), nn.Conv2d(2 * width, 1, 1))
+            nn.Conv2d(12, width, 3, padding=1), nn.LeakyReLU(.2), nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.LeakyReLU(.2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(.2), nn.Conv2d(2 * width, 1, 1))
 
     def forward(self, x):
         return self.body(F.pixel_unshuffle(x, 2))
@@ -639,7 +661,7 @@ def export(args):
 def measure(args):
     """Judge's top-1 object (of all nouns) and place (of all places) on args.samples fresh prompts; writes scores and a grid."""
     from model import Encoder, load_pair
-    from world import PLACES, article
+    from world import PLACES
     base = Path(args.base)
     pair, judge, world = load_pair(base, "<v>", "dog"), Encoder(base / "judges" / "clip"), World("pretrain")
     g = torch.Generator().manual_seed(args.seed + 12345)
