@@ -1,7 +1,8 @@
-"""Measures of distribution and sharpness see what they are for. python -m pytest tests/test_measure.py"""
+"""Measures see what they are for, and the autoencoder keeps what its code holds. python -m pytest tests/test_measure.py"""
 import pytest
 import torch
 
+from autoencoder import PatchAutoencoder
 from conftest import ROOT
 from measure import blur, edge_energy, kid, sensitivities, sibling, without_an_eye
 from world import World
@@ -72,3 +73,45 @@ def test_judges_move_when_pictures_are_spoiled():
     assert table["blur"]["edges"] < -.1 < table["swapped colours"]["edges"]
     assert table["swapped colours"]["identity"] < table["blur"]["identity"] < 0
     assert table["two subjects"]["KID"] > table["blur"]["KID"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Autoencoder
+
+@pytest.fixture
+def vae():
+    vae, g = PatchAutoencoder(latent_channels=24), torch.Generator().manual_seed(0)
+    vae.set_code(torch.randn(24, 3, 8, 8, generator=g) / 14, torch.randn(24, generator=g))
+    return vae
+
+
+def test_a_code_as_wide_as_the_patch_loses_nothing(pictures):
+    vae, x = PatchAutoencoder(latent_channels=192), pictures[0][:4]
+    vae.set_code(torch.linalg.qr(torch.randn(192, 192, generator=torch.Generator().manual_seed(0)))[0].view(192, 3, 8, 8), torch.zeros(192))
+    assert (vae(x).sample - x).abs().max() < 1e-4
+
+
+def test_before_training_decoding_is_the_linear_inverse_and_coding_again_gives_the_same_code(vae, pictures):
+    z = vae.encode(pictures[0][:4]).latents
+    x = vae.decode(z).sample
+    assert torch.equal(x, vae.linear(z)) and (vae.encode(x).latents - z).abs().max() < 1e-4
+
+
+def test_the_residual_learns_and_the_code_stays(vae, pictures):
+    z = vae.encode(pictures[0][:4]).latents
+    (vae.decode(z).sample - pictures[0][:4]).square().mean().backward()
+    assert vae.outward.weight.grad.abs().max() > 0
+    assert {k for k, _ in vae.named_buffers()} == {"basis", "back", "mean"}  # no gradient reaches them
+
+
+def test_a_plain_diffusers_pipeline_draws_with_it_and_it_survives_a_file(vae, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    vae.save_pretrained(tmp_path)
+    again = PatchAutoencoder.from_pretrained(tmp_path)
+    z = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "data/emoji/base/teacher", vae=again, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae_scale_factor == 8
+    picture = pipe("a dog", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert picture.shape == (1, 3, 64, 64)
