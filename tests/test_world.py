@@ -6,7 +6,7 @@ import torch
 
 import world as module
 from conftest import ROOT
-from world import COLOURS, PLACES, SCENES, SIZE, SIZES, World, paint, portraits, words
+from world import COLOURS, PLACES, SCENES, SIZE, SIZES, World, illustrate, paint, portraits, words
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,13 @@ def test_free_portraits_differ_in_size_place_tilt_and_light_and_show_the_same_si
 def test_the_range_of_each_word_lies_around_or_beside_its_size():
     for word, (low, high) in module.RANGES.items():
         assert low < high and (word == "close-up" or low <= SIZES[word] <= high)
+
+
+def test_free_illustrations_hold_what_the_templates_ask_and_are_never_mirrored(monkeypatch):
+    poses, templates = [], ["a small {} at night", "a {} next to a ball on the beach", "a big {} in the snow"]
+    monkeypatch.setattr(module, "paint", lambda *a: poses.append(a[2:6]) or paint(*a))
+    pictures = illustrate("dog face", templates, torch.Generator().manual_seed(0), freedom=1.)
+    (pixels, centre, _, flip), (_, beside, _, other_flip) = poses
+    assert pictures.shape == (3, 3, SIZE, SIZE) and pictures[0].mean() < pictures[2].mean() - .5  # night, snow
+    assert pixels[0] < 30 < 50 < pixels[2] and not flip.any() and not other_flip.any()
+    assert centre[1, 0] * beside[0, 0] < 0 or abs(centre[1, 0] - beside[0, 0]) > .5

@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 def kid(a, b):
     """Kernel inception distance x 1000 of feature sets (n, d) and (m, d): unbiased MMD^2 of the kernel (x.y / d + 1)^3.
 
-    About 0, of either sign, for two samples of one distribution. Binkowski et al., Demystifying MMD GANs, eq. 4.
+    About 0, of either sign, for two samples of one distribution. Binkowski et al., Demystifying MMD GANs, eq. 4. Features of
+    small networks are heavy-tailed and their cubes are all outlier: give unit embeddings times sqrt(d), x.y / d is a cosine then.
     """
     a, b = a.double(), b.double()
 
@@ -81,7 +82,7 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     neighbour       its first choice for B in "an A next to a B PLACE"
     CLIP-T          cosine of picture and true caption; individual: the identity judge's first choice among all individuals,
     identity        mean cosine with two other pictures of the same individual
-    KID             of the clip judge's features against fresh real pictures of that kind; edges: in units of those of real ones
+    KID             of the identity judge's embeddings against fresh real pictures of that kind; edges: in units of those of real ones
     """
     from world import PLACES, World, article
     world = World(splits)
@@ -102,23 +103,21 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
         return show(world, which, place, torch.Generator().manual_seed(seed + 1))
 
     def embed(judge, x):
-        features = torch.cat([judge.features(v) for v in x.split(64)])
-        return features, judge.embed(features)
+        return torch.cat([judge.embed(judge.features(v)) for v in x.split(64)])
 
     def embed_text(captions):
         return torch.cat([clip.embed_text(tokenizer, captions[i:i + 128]) for i in range(0, len(captions), 128)])
 
     gallery = torch.arange(len(world.entries)).repeat(2)  # two other pictures of every individual
     views = show(world, [tiles[gallery]], torch.randint(len(PLACES), (len(gallery),), generator=g), g)
-    references = embed(identity, views)[1].view(2, len(world.entries), -1)
+    references = embed(identity, views).view(2, len(world.entries), -1)
     again = [tiles[solid[torch.randint(len(solid), (2 * n,), generator=g)]] for _ in range(2)]
     elsewhere = torch.randint(len(PLACES), (2 * n,), generator=g)
     fresh = {k: show(world, again[:k], elsewhere, g) for k in (1, 2)}
-    fresh = {k: (embed(clip, v)[0], edge_energy(v)) for k, v in fresh.items()}
+    fresh = {k: (embed(identity, v), edge_energy(v)) for k, v in fresh.items()}
 
-    def distance(features, k):  # in units in which real features have variance 1, so that judges of any scale compare
-        real = fresh[k][0]
-        return kid((features - real.mean(0)) / real.std(0), (real - real.mean(0)) / real.std(0))
+    def distance(embedded, k):
+        return kid(embedded * embedded.shape[1] ** .5, fresh[k][0] * embedded.shape[1] ** .5)
 
     nouns = [article(w) for w in world.nouns]
     table = embed_text([f"{w} {p}" for w in nouns for p in PLACES]).view(len(nouns), len(PLACES), -1)
@@ -126,15 +125,15 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     beside = beside.view(n, len(nouns), -1)
 
     def scores(x, captions, kind):
-        """{score: (n,) per picture} and the features."""
-        features, e = embed(clip, x)
-        near = torch.einsum("nd,vkd->nk", embed(identity, x)[1], references) / 2
+        """{score: (n,) per picture} and the identity judge's embeddings."""
+        e, own = embed(clip, x), embed(identity, x)
+        near = torch.einsum("nd,vkd->nk", own, references) / 2
         out = {"CLIP-T": (e * embed_text(captions)).sum(1)}
         if kind == 2:
-            return out | {"neighbour": (torch.einsum("nd,nkd->nk", e, beside).argmax(1) == world.noun_of[other]).float()}, features
+            return out | {"neighbour": (torch.einsum("nd,nkd->nk", e, beside).argmax(1) == world.noun_of[other]).float()}, own
         return out | {"object": (torch.einsum("nd,knd->nk", e, table[:, place]).argmax(1) == world.noun_of[sprite]).float(),
                       "place": (torch.einsum("nd,nkd->nk", e, table[world.noun_of[sprite]]).argmax(1) == place).float(),
-                      "individual": (near.argmax(1) == sprite).float(), "identity": near[torch.arange(n), sprite]}, features
+                      "individual": (near.argmax(1) == sprite).float(), "identity": near[torch.arange(n), sprite]}, own
 
     everyone = torch.ones(n, dtype=torch.bool)
     one, two = draw(tiles[sprite]), draw(tiles[sprite], tiles[other])
@@ -154,10 +153,10 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     for name, x, captions, k, rows in cases:
         if not rows.any():
             continue
-        new, features = scores(x, captions, k)
+        new, own = scores(x, captions, k)
         rows_of[name] = {s: (v - clean[k][0][s])[rows].mean().item() for s, v in new.items()}
         real = one if k == 1 else two
-        rows_of[name] |= {"KID": distance(features[rows], k) - distance(clean[k][1][rows], k),
+        rows_of[name] |= {"KID": distance(own[rows], k) - distance(clean[k][1][rows], k),
                         "edges": (edge_energy(x[rows]) - edge_energy(real[rows])) / fresh[k][1], "pictures": int(rows.sum())}
     return rows_of
 

@@ -33,15 +33,15 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
-from measure import edge_energy
+from measure import edge_energy, kid
 from model import read_checkpoint, restore, save_checkpoint, save_json, save_tensors
 from world import World, article, hue_jitter, words
 
 RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
-    "clip": dict(steps=1500, batch=128, lr=2e-3), "identity": dict(steps=900, batch=64, lr=2e-3),
-    "judge_clip": dict(steps=1050, batch=128, lr=2e-3), "judge_identity": dict(steps=1200, batch=64, lr=2e-3),
+    "clip": dict(steps=3000, batch=128, lr=2e-3), "identity": dict(steps=2000, batch=64, lr=2e-3),
+    "judge_clip": dict(steps=4000, batch=128, lr=2e-3), "judge_identity": dict(steps=3000, batch=64, lr=2e-3),
     "vae": dict(steps=2400, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
-    "pairs": dict(steps=50, batch=64, lr=0.), "student": dict(steps=1900, batch=24, lr=3e-4),
+    "pairs": dict(steps=400, batch=64, lr=0.), "student": dict(steps=12000, batch=48, lr=3e-4),
     "export": {}, "measure": {}}
 P = {"beside": .25, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
 
@@ -659,45 +659,69 @@ def export(args):
 
 @torch.no_grad()
 def measure(args):
-    """Judge's top-1 object (of all nouns) and place (of all places) on args.samples fresh prompts; writes scores and a grid."""
+    """The table of the readme: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
+
+    object, place   the clip judge's first choice among all nouns (all places), the other word given
+    both            its first choices for either noun of a pair, the other given, are both right
+    KID             of the identity judge's embeddings against twice as many fresh real pictures; edges: in units of theirs
+    """
     from model import Encoder, load_pair
     from world import PLACES
     base = Path(args.base)
-    pair, judge, world = load_pair(base, "<v>", "dog"), Encoder(base / "judges" / "clip"), World("pretrain")
-    g = torch.Generator().manual_seed(args.seed + 12345)
-    n = args.samples
-    noun, place = torch.randint(len(world.nouns), (n,), generator=g), torch.randint(len(PLACES), (n,), generator=g)
-    prompts = [f"{article(world.nouns[a])} {PLACES[b]}" for a, b in zip(noun.tolist(), place.tolist())]
-    noise = torch.randn(n, *pair.latent_shape, generator=g)
-    plain = World("pretrain", p=dict.fromkeys(World.P, 0.0) | {"place": 1.0})
-    real = plain.sample(n, g, flat_share=0)
+    pair, judge, eye = load_pair(base, "<v>", "dog"), *(Encoder(base / "judges" / k) for k in ("clip", "identity"))
+    plain = dict.fromkeys(World.P, 0.0) | {"place": 1.0}
+    alone, paired = World("pretrain", plain, args.freedom), World("pretrain", plain | {"beside": 1.0}, args.freedom)
+    nouns, g = [article(w) for w in alone.nouns], torch.Generator().manual_seed(args.seed + 12345)
+    real = {"one": alone.sample(args.samples, g, flat_share=0), "two": paired.sample(args.samples // 2, g, flat_share=0)}
+    noise = {k: torch.randn(len(v.captions), *pair.latent_shape, generator=g) for k, v in real.items()}
 
-    def judged(images, noun, place):
-        embedded = torch.cat([judge.embed(judge.features(x)) for x in images.split(64)])
-        by_noun = [judge.embed_text(pair.text.tokenizer, [f"{article(w)} {PLACES[b]}" for w in world.nouns]) for b in range(len(PLACES))]
-        table = torch.stack(by_noun, 1)  # (nouns, places, d)
-        objects = torch.einsum("nd,knd->nk", embedded, table[:, place]).argmax(1) == noun
-        places = torch.einsum("nd,nkd->nk", embedded, table[noun]).argmax(1) == place
-        return {"object": round(objects.float().mean().item(), 3), "place": round(places.float().mean().item(), 3)}
+    def embed(encoder, images):
+        return torch.cat([encoder.embed(encoder.features(x)) for x in images.clamp(-1, 1).split(64)])
+
+    def embed_text(captions):  # (n, m) captions -> (n, m, d)
+        flat = [c for row in captions for c in row]
+        rows = torch.cat([judge.embed_text(pair.text.tokenizer, flat[i:i + 256]) for i in range(0, len(flat), 256)])
+        return rows.view(len(captions), -1, rows.shape[1])
+
+    one, two = ([(nouns[a], nouns[b], PLACES[c]) for a, b, c in zip(r.noun.tolist(), r.beside.tolist(), r.place.tolist())] for r in real.values())
+    choices = {"object": (real["one"].noun, embed_text([[f"{w} {c}" for w in nouns] for _, _, c in one])),
+               "place": (real["one"].place, embed_text([[f"{a} {p}" for p in PLACES] for a, _, _ in one]))}
+    pair_choices = [(real["two"].noun, embed_text([[f"{w} next to {b} {c}" for w in nouns] for _, b, c in two])),
+                    (real["two"].beside, embed_text([[f"{a} next to {w} {c}" for w in nouns] for a, _, c in two]))]
+    fresh = alone.sample(2 * args.samples, g, flat_share=0).images
+    known, sharp = embed(eye, fresh), edge_energy(fresh)
+    root = known.shape[1] ** .5
+
+    def right(images, answer, captions):
+        return torch.einsum("nd,nkd->nk", embed(judge, images), captions).argmax(1) == answer
+
+    def judged(images):
+        row = {k: right(images["one"], *v).float().mean().item() for k, v in choices.items()}
+        row["both"] = torch.stack([right(images["two"], *v) for v in pair_choices]).all(0).float().mean().item()
+        row = {k: round(v, 3) for k, v in row.items()}
+        return row | {"KID": round(kid(embed(eye, images["one"]) * root, known * root), 1),
+                      "edges": round(edge_energy(images["one"]) / sharp, 3)}
 
     def draw(which, steps, guidance=1.0):
-        start, rows = time.perf_counter(), []
-        for z, p in zip(noise.split(32), (prompts[i:i + 32] for i in range(0, n, 32))):
-            rows.append(pair.decode(which.sample(z, pair.text(p), steps, pair.text([""]), guidance)))
-        return torch.cat(rows), 1000 * (time.perf_counter() - start) / n
+        start, out = time.perf_counter(), {}
+        for kind, batch in real.items():
+            parts = zip(noise[kind].split(32), (batch.captions[i:i + 32] for i in range(0, len(batch.captions), 32)))
+            out[kind] = torch.cat([pair.decode(which.sample(z, pair.text(c), steps, pair.text([""]), guidance)) for z, c in parts])
+        return out, 1000 * (time.perf_counter() - start) / sum(len(v) for v in out.values())
 
-    scores = {"real pictures": judged(real.images, real.noun, real.place)}
+    through = {k: torch.cat([pair.decode(pair.encode(x)) for x in v.images.split(32)]) for k, v in real.items()}
+    scores = {"real pictures": judged({k: v.images for k, v in real.items()}), "through the autoencoder": judged(through)}
     pictures = {}
     for name, which, steps, guidance in (("teacher", pair.teacher, 16, args.guidance), ("student", pair.student, 1, 1.0),
                                          ("student, 2 steps", pair.student, 2, 1.0), ("student, 4 steps", pair.student, 4, 1.0)):
         pictures[name], ms = draw(which, steps, guidance)
-        scores[name] = judged(pictures[name], noun, place) | {"ms per image": round(ms, 1)}
-        print(f"{name}: {scores[name]}", flush=True)
-    print(f"real pictures: {scores['real pictures']}")
-    save_json(base / "scores.json", {"prompts": n, "seed": args.seed, **scores})
-    rows = [(name, pictures[name][i:i + 10]) for i in range(0, 40, 10) for name in ("teacher", "student")]
+        scores[name] = judged(pictures[name]) | {"ms per image": round(ms, 1)}
+    for name, row in scores.items():
+        print(f"{name}: {row}", flush=True)
+    save_json(base / "scores.json", {"prompts": args.samples, "seed": args.seed, "freedom": args.freedom, **scores})
+    rows = [(name, pictures[name][kind][i:i + 10]) for kind, i in (("one", 0), ("one", 10), ("one", 20), ("two", 0)) for name in ("teacher", "student")]
     save_png(grid(rows), base.parent / "samples.png")
-    print("\n".join(prompts[:40]))
+    print("\n".join(real["one"].captions[:30] + real["two"].captions[:10]))
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
@@ -719,7 +743,7 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
     p.add_argument("--channels", type=int, default=64, help="width of the latent code")
-    p.add_argument("--sharpen", type=float, default=.5, help="share of the vae's steps after which it is asked for sharpness (1: never)")
+    p.add_argument("--sharpen", type=float, default=1.0, help="share of the vae's steps after which it is asked for sharpness (1: never)")
     p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)

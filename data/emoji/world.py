@@ -380,10 +380,11 @@ class World:
         c, s = angle.cos().abs(), angle.sin().abs()
         return torch.stack([w * c + h * s, w * s + h * c], 1)
 
-    def compose_freely(self, place, sprite, subject, kind, rows, other, neighbour, g):
+    def compose_freely(self, place, sprite, subject, kind, rows, other, neighbour, g, mirror=True):
         """Pictures (B, 3, SIZE, SIZE) in [0, 1] of subjects and, in some rows, neighbours, on their way to freedom 1.
 
-        Each number is drawn at freedom 1 and mixed with the given one, which is that of freedom 0.
+        subject, neighbour: what `paint` takes (rgba, pixels, centre, angle, flip), as it is at freedom 0; each number is drawn
+        at freedom 1 and mixed with the given one. kind (B,): row of RANGES; rows, other (K,): where neighbours stand, and which.
         """
         n, k, f = len(place), len(rows), self.freedom
 
@@ -394,7 +395,7 @@ class World:
             rgba, pixels, centre, angle, flip = given
             low, high = torch.tensor(list(RANGES.values()), dtype=torch.float)[kind].unbind(1)
             free = low + (high - low) * torch.rand(len(kind), generator=g)
-            again = torch.rand(len(kind), generator=g) < f
+            again = torch.rand(len(kind), generator=g) < f * mirror
             flip = torch.where(again, torch.rand(len(kind), generator=g) < .5, flip)
             return rgba, pixels, centre, angle, flip, free, .4 * middle(len(kind))
 
@@ -557,26 +558,34 @@ def portraits(name, n=5, seed=0, freedom=0.0):
     return light(picture, *(freedom * v for v in lights)).clamp(0, 1) * 2 - 1
 
 
-def illustrate(name, templates, g):
+def illustrate(name, templates, g, freedom=0.0):
     """What templates such as "a red {} next to a ball at night" ask of one held-out individual, drawn by the world itself.
 
     Returns (len(templates), 3, SIZE, SIZE) in [-1, 1]; where no place is named, any.
     """
-    world = World("pretrain+held_out")
-    n, pixels, beside = len(templates), [], []
+    world = World("pretrain+held_out", freedom=freedom)
+    n, kind, beside = len(templates), [], []
     sprite = torch.tensor([[(e["name"], e["split"]) for e in world.entries].index((name, "held_out"))] * n)
     place, colour = torch.randint(len(PLACES), (n,), generator=g), torch.full((n,), -1)
     for i, t in enumerate(templates):
         place[i] = next((k for k, p in enumerate(PLACES) if t.endswith(p)), place[i])
         colour[i] = next((k for k, c in enumerate(COLOURS) if f"{c} {{}}" in t), -1)
         beside.append(next((k for k, w in enumerate(world.nouns) if re.search(f"next to an? {w}\\b", t)), -1))
-        pixels.append(SIZES["beside" if beside[i] >= 0 else next((k for k in ("small", "big", "close-up") if k in t), "")])
-    beside, pixels = torch.tensor(beside), torch.tensor(pixels, dtype=torch.float)
+        kind.append(list(SIZES).index("beside" if beside[i] >= 0 else next((k for k in ("small", "big", "close-up") if k in t), "")))
+    beside, kind = torch.tensor(beside), torch.tensor(kind)
+    pixels = torch.tensor(list(SIZES.values()), dtype=torch.float)[kind]
     two, still, upright = beside >= 0, torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     centre = torch.where(two[:, None], torch.tensor([2.0, 1.0]) * 2 * GRID / SIZE, 0)
     rgba = world.dress(sprite, g, colour, torch.tensor(["spotted" in t for t in templates]), jitter=False)
-    canvas = paint(world.canvas(place, g), rgba, pixels, centre, still, upright)
-    other = world.dress(world.pick(beside.clamp(min=0), upright, g), g)
+    canvas = world.canvas(place, g)
+    neighbour = world.pick(beside.clamp(min=0), upright, g)
+    other = world.dress(neighbour, g)
+    if freedom:
+        rows = torch.where(two)[0]
+        second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
+        subject = rgba, pixels, centre, still, upright
+        return world.compose_freely(place, sprite, subject, kind, rows, neighbour[rows], second, g, mirror=False).clamp(0, 1) * 2 - 1
+    canvas = paint(canvas, rgba, pixels, centre, still, upright)
     canvas = torch.where(two[:, None, None, None], paint(canvas, other, pixels, centre * torch.tensor([-1.0, 1.0]), still, upright), canvas)
     return canvas.clamp(0, 1) * 2 - 1
 
