@@ -1,5 +1,6 @@
 """The embedded pair's autoencoder: a linear code of 8 x 8 patches, read by its inverse and a learned residual.
 
+    import autoencoder            # before StableDiffusionPipeline.from_pretrained, which imports no module of its own accord
     vae = PatchAutoencoder.from_pretrained("data/emoji/base/teacher", subfolder="vae")
     z = vae.encode(x).latents     # images (B, 3, H, W) in [-1, 1] -> (B, C, H / 8, W / 8)
     x = vae.decode(z).sample      # and back
