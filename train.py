@@ -334,18 +334,18 @@ def gather_echo(m, args, path):
 
     Writes a sheet of them to `path`; each row begins with its first one's likeness to the photos.
     """
-    pair, encoders, judges = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
+    pair, encoders, eyes = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
     g, templates = torch.Generator().manual_seed(args.seed + 1), m.prompts["templates"]
     number = torch.randint(len(templates), (args.echo_samples,), generator=g)
     prompts = [fill(m, templates[i]) for i in number.tolist()]
     photos = m.photos.photos[:m.photos.count].to(m.device)
-    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in judges}
-    images, seen = [], {k: [] for k in judges}
+    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in eyes}
+    images, seen = [], {k: [] for k in eyes}
     some = max(1, min(32, 2 ** 21 // pair.resolution ** 2))  # two million pixels at once; the rest waits in memory
     for part in (prompts[i:i + some] for i in range(0, len(prompts), some)):
         noise = torch.randn(len(part), *pair.latent_shape, generator=g).to(m.device)
         x = pair.decode(pair.student.one_step(noise, pair.student_text(part))).clamp(-1, 1)
-        for k in judges:
+        for k in eyes:
             seen[k].append(encoders[k].embed(encoders[k].features(x)))
         images.append(x.cpu())
     images, seen, number = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}, number.to(m.device)
