@@ -162,7 +162,26 @@ def count_echo(args, m):
 # ---------------------------------------------------------------------------------------------------------------
 # Memory: what autograd keeps of one iteration on the meta device, under the rules by which CUDA's autocast chooses precisions
 
-class CudaAutocast(TorchFunctionMode):
+class CudaAttention(TorchFunctionMode):
+    """Attention on the meta device as CUDA has it: without a matrix of all pairs."""
+    active = []  # the innermost is in force
+
+    def __enter__(self):
+        CudaAttention.active.append(type(self))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        CudaAttention.active.pop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
+        return func(*args, **kwargs)
+
+
+class CudaAutocast(CudaAttention):
     """Autocast to bf16 as CUDA does it, on any device: matrix products in bf16, norms, softmax and losses in fp32."""
     LOW = {F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul,
            torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum, torch.conv2d, torch._C._nn.linear, torch.addmm}
@@ -174,12 +193,9 @@ class CudaAutocast(TorchFunctionMode):
 
         def cast(x):
             return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        kwargs = kwargs or {}
         if dtype:
-            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in kwargs.items()}
-        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:  # which CUDA has no matrix for
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
-        return func(*args, **kwargs)
+            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in (kwargs or {}).items()}
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Kept:
@@ -217,7 +233,7 @@ def watch_memory(m, args, half):
     def stored(module):
         return autocast() if next(module.parameters()).dtype == torch.bfloat16 else nullcontext()
 
-    with mock.patch.object(model, "as_stored", stored), Kept.watch(weights):
+    with mock.patch.object(model, "as_stored", stored), CudaAttention(), Kept.watch(weights):
         train.iteration(m, args, JOINT, 0)
     return sum(p.nbytes for p in weights), 3 * sum(p.nbytes for p in weights if p.requires_grad), Kept.most
 
@@ -225,7 +241,10 @@ def watch_memory(m, args, half):
 def count_memory(args):
     """`watch_memory` on the meta device, with the frozen weights in bf16 where a GPU would keep them so."""
     half = args.mixed_precision == "bf16"
-    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=lambda: (nullcontext(), CudaAutocast() if half else nullcontext()))
+    def as_now():  # what gradient checkpointing computes again, it computes under the same rules
+        return nullcontext(), CudaAttention.active[-1]() if CudaAttention.active else nullcontext()
+
+    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=as_now)
     with mock.patch("torch.utils.checkpoint.checkpoint", again), mock.patch("transformers.modeling_utils.checkpoint", again):
         args, m = build_meta(args)
         for n in (m.pair.teacher, m.pair.vae, m.pair.tiny_vae, m.pair.text, *m.encoders.values()):
