@@ -5,6 +5,7 @@
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs. Every
 sentence about a missing or foreign file is here.
 """
+import inspect
 import json
 import os
 from pathlib import Path
@@ -85,12 +86,24 @@ def fetch(source, name, needed=True):
     except errors.RevisionNotFoundError:
         fail(f"{source}: the hub repository has no such revision; give a mirror or a local folder")
     except errors.LocalEntryNotFoundError:  # of the hub's errors, the one that means "no network and not in the cache"
-        fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+        if not is_cached(repo, revision):
+            fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+        if needed:
+            fail(f"{source}: {name} is not in the local cache and the hub cannot be reached; connect once to fetch the rest, or give a local folder")
     except errors.EntryNotFoundError:
         if needed:
             fail(f"{source} on the hub holds no {name}; give a mirror or a local folder in the diffusers layout")
     except errors.HfHubHTTPError as error:
         fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
+
+
+def is_cached(repo, revision=None):
+    """Whether the hub cache holds a snapshot of a repository. A file that is optional and not in it then counts as one that the
+    repository never had: only a download by huggingface_hub itself leaves markers (`.no_exist`) of those."""
+    from huggingface_hub import constants
+    home = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = home / "refs" / (revision or "main")
+    return (home / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "none")).is_dir()
 
 
 def fetch_file(spec):
@@ -135,6 +148,56 @@ def load_part(kind, source, part, random=None, **config):
         fail(f"{folder} does not hold a {kind.__name__} ({str(error).splitlines()[0]}); fetch it again or give another folder")
 
 
+def what_it_says(config):
+    """A config.json with its class's defaults where it is silent: Stable Diffusion 2.1's autoencoder writes no scaling_factor."""
+    import diffusers
+    import transformers
+    if config is None:
+        return None
+    if "_class_name" not in config:
+        kind = transformers.CLIPTextConfig if config.get("model_type") == "clip_text_model" else None
+        return kind(**config).to_dict() if kind else config
+    kind = getattr(diffusers, config["_class_name"], None)
+    defaults = {k: p.default for k, p in inspect.signature(kind).parameters.items()} if isinstance(kind, type) else {}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | config).items()}
+
+
+def check_model(flag, source):
+    """Refuse what is no teacher or student at all: a file, a LoRA, half a folder, another kind of model."""
+    if os.path.isfile(source):
+        what = "a LoRA" if is_lora(Path(source)) else "one file"
+        fail(f"{flag} {source} is {what}; give a whole model as a folder in the diffusers layout or a hub repository such as stabilityai/sd-turbo")
+    if not os.path.isdir(source):
+        if str(source).partition("@")[0].count("/") != 1:
+            fail(f"{flag} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
+    elif any(is_lora(p) for p in Path(source).glob("*.safetensors")) and not Path(source, "unet").is_dir():
+        fail(f"{flag} {source} holds a LoRA, not a model; give the model that it was made for, in the diffusers layout")
+    unet = read_config(source, "unet")
+    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
+        fail(f"{flag} {source} is no Stable Diffusion 1 or 2 (its UNet is {unet.get('addition_embed_type') or unet['_class_name']}, as in SDXL); "
+             "take a pair such as sd-turbo")
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
+        fail(f"{flag} {source} draws from {unet['in_channels']} channels, as models for inpainting or upscaling do; take one that draws from text alone")
+    kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        fail(f"{flag} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
+    for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
+        try:
+            with safe_open(file, "pt"):  # the header tells whether the file is whole
+                pass
+        except (SafetensorError, OSError) as error:
+            fail(f"{file} is damaged ({error}); fetch it again or give another folder")
+
+
+def is_lora(path):
+    """Whether a safetensors file holds an adapter: every one has "lora" in its keys."""
+    try:
+        with safe_open(path, "pt") as f:
+            return any("lora" in k for k in f.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
 def check_pair(base):
     """Refuse a teacher and a student that do not fit together, by their configs alone. A student may bring its UNet only."""
     def differ(what, a, b, keys):
@@ -144,31 +207,20 @@ def check_pair(base):
                      "take a pair made from one version of Stable Diffusion")
 
     for part, source in (("teacher", base.teacher), ("student", base.student)):
-        if not os.path.isdir(source) and str(source).partition("@")[0].count("/") != 1:
-            fail(f"--{part} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
-    for part, source in (("teacher", base.teacher), ("student", base.student)):
-        kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
-        if kind not in ("epsilon", "v_prediction"):
-            fail(f"--{part} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
-        for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
-            try:
-                with safe_open(file, "pt"):  # the header tells whether the file is whole
-                    pass
-            except (SafetensorError, OSError) as error:
-                fail(f"{file} is damaged ({error}); fetch it again or give another folder")
-    text, vae = (read_config(base.teacher, part) for part in ("text_encoder", "vae"))
-    unets = [read_config(source, "unet") for source in (base.teacher, base.student)]
-    differ("text encoders", text, read_config(base.student, "text_encoder", needed=False),
+        check_model(f"--{part}", source)
+    text, vae = (what_it_says(read_config(base.teacher, part)) for part in ("text_encoder", "vae"))
+    unets = [what_it_says(read_config(source, "unet")) for source in (base.teacher, base.student)]
+    differ("text encoders", text, what_it_says(read_config(base.student, "text_encoder", needed=False)),
            ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"))
-    differ("autoencoders", vae, read_config(base.student, "vae", needed=False),
+    differ("autoencoders", vae, what_it_says(read_config(base.student, "vae", needed=False)),
            ("_class_name", "latent_channels", "scaling_factor", "block_out_channels"))
     differ("UNets", *unets, ("in_channels", "cross_attention_dim"))
     if unets[0]["cross_attention_dim"] != text["hidden_size"]:
         fail(f"teacher {base.teacher}: its UNet reads {unets[0]['cross_attention_dim']} numbers per word, its text encoder writes "
              f"{text['hidden_size']}; the folder mixes two models")
-    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")) \
-            and load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
-        fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
+    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")):
+        if load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
+            fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
 
 
 def load_tokenizer(source):

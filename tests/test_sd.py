@@ -16,7 +16,6 @@ import train as train_script
 from conftest import ROOT, exit_of, train
 from data.benchmark import full_size
 from data.base import load_tokenizer, fetch, find_base, load_encoders, load_pair
-from model import fuse_lora
 
 UNET = dict(full_size.UNET, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], cross_attention_dim=32)
@@ -277,9 +276,9 @@ def test_a_fused_adapter_adds_its_product_to_the_weights(written, base):
 
 
 def test_an_adapter_of_another_model_is_refused(base, capsys):
-    save_file({"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}, base / "other.safetensors")
-    unet = load_pair(base, "<v>", "dog").student.unet
-    code, said = exit_of(lambda argv: fuse_lora(unet, base / "other.safetensors"), [], capsys)
+    save_file({"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}, base / "student/other.safetensors")
+    edit(base / "base.json", student_lora=str(base / "student/other.safetensors"))
+    code, said = exit_of(lambda argv: load_pair(base, "<v>", "dog"), [], capsys)
     assert code == 2 and "elsewhere" in said
 
 
