@@ -63,7 +63,7 @@ KEYS = {
     "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),
     "identity_weight": (float, ANY, "1 - cosine of image tokens, student against teacher"),
     "latent_weight": (float, ANY, "latent MSE, student against teacher"),
-    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images"),
+    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images, on L to 1; 10 is the paper's strength"),
     "swd_projections": (int, (1, math.inf), "random filters per call"),
     "swd_positions": (int, ANY, "patches per level at most, about; 0: all"),
     "lpips_weight": (float, ANY, "perceptual distance of the decoded images in the identity encoder's features"),
