@@ -245,7 +245,7 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
 
     Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
-    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet and mixed_precision are read. dtype: of frozen
+    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet, start_word and mixed_precision are read. dtype: of frozen
     weights. random: see `load_part`.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -280,7 +280,7 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
         from diffusers.models.attention_processor import AttnProcessor
         for d in denoisers:
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
-    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, class_word)
+    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, flags.get("start_word") or class_word)
     row = text.row.data
     for d in denoisers:
         for name, p in d.unet.named_parameters():
@@ -379,5 +379,7 @@ def check_base(args):
         fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
     if args.token in args.class_word:
         fail(f"--class_word {args.class_word} holds the token {args.token} itself; say the ordinary noun, such as dog")
+    if args.start_word and not tokenizer.tokenize(args.start_word):
+        fail(f"--start_word {args.start_word!r} holds no word; leave it empty to start from the class word")
     if len(tokenizer.tokenize(args.class_word)) > tokenizer.model_max_length // 2:
         fail(f"--class_word {args.class_word[:40]}... fills more than half of the {tokenizer.model_max_length} tokens that the model reads; shorten it")

@@ -149,14 +149,14 @@ def count_echo(args):
         for k in ("identity", "clip"):
             m.encoders[k].features(x)
     drawn = counter.get_total_flops()
-    m.echo.z, m.echo.prompts = torch.randn(8, *pair.latent_shape, device="meta"), ["a <v> dog"] * 8
+    m.echo.known, m.echo.prompts = {"z": torch.randn(8, *pair.latent_shape, device="meta")}, ["a <v> dog"] * 8
     heard = []
     for real_only in (True, False):
         args.echo_real_only = real_only
         with FlopCounterMode(display=False) as counter:
             train.iteration(m, args, HEARING, 0)
         heard.append(counter.get_total_flops())
-    return args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0])
+    return args.echo_rounds * (args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def report(ours, args, plain):
         print(f"| {part} | " + " | ".join(f"{c.get(part, 0) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
     print("| sum | " + " | ".join(f"{sum(c.values()) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
     echoes = [count_echo(a) for a, _ in columns.values()]
-    totals = [(a.max_train_steps + a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
+    totals = [(a.max_train_steps + a.echo_rounds * a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
     print("| PFLOP per concept | " + " | ".join(f"{v / 1e15:.4g}" for v in totals) + " |")
     print(f"\n(with these flags {args.max_train_steps} joint iterations, {args.echo_steps} of each network alone, and "
           f"{echoes[-1] / 1e15:.3g} PFLOP to draw, rank and hear the echo)")
