@@ -36,8 +36,16 @@ TURBO_SCHEDULER = dict(
     _class_name="EulerDiscreteScheduler", _diffusers_version="0.24.0.dev0", beta_end=.012, beta_schedule="scaled_linear", beta_start=.00085,
     clip_sample=False, interpolation_type="linear", num_train_timesteps=1000, prediction_type="epsilon", set_alpha_to_one=False,
     skip_prk_steps=True, steps_offset=1, timestep_spacing="trailing", trained_betas=None, use_karras_sigmas=False)
+REAL = {"unet": dict(block_out_channels=[320, 640, 1280, 1280], attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, norm_num_groups=32),
+        "vae": dict(block_out_channels=[128, 256, 512, 512], norm_num_groups=32, sample_size=768),
+        "text_encoder": dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23, projection_dim=512), "scheduler": {}}
 SD21 = {"unet": SD21_UNET, "vae": SD21_VAE, "text_encoder": TEXT, "scheduler": SD21_SCHEDULER}
 TURBO = {"unet": SD21_UNET | {"sample_size": 8}, "vae": SD21_VAE | {"scaling_factor": .18215}, "text_encoder": TEXT, "scheduler": TURBO_SCHEDULER}
+
+
+def full_size(parts, sample_size):
+    """The same configs with the widths that the repositories have; sample_size: of the UNet, 96 or 64."""
+    return {k: v | REAL[k] | ({"sample_size": sample_size} if k == "unet" else {}) for k, v in parts.items()}
 
 
 def added(content):
@@ -94,7 +102,10 @@ def write_pipeline(folder, parts, variants=("fp16",)):
     """One diffusers pipeline folder; variants of its weights: "fp16", "" or both."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
-    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0"})
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0", "feature_extractor": [None, None], "requires_safety_checker": False,
+        "safety_checker": [None, None], "scheduler": ["diffusers", parts["scheduler"]["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
     for part, config in parts.items():
         write_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
@@ -110,7 +121,7 @@ def write_pipeline(folder, parts, variants=("fp16",)):
 
 
 def into_cache(folder, cache, repo, revision=None):
-    """Lay a folder into a hub cache as an earlier download leaves it, but without the markers of files that never were there."""
+    """Move or copy a folder into a hub cache as an earlier download leaves it, without the markers of files that never were there."""
     revision = revision or REVISION.get(repo, "3" * 40)
     home = cache / f"models--{repo.replace('/', '--')}"
     write = home / "refs" / "main"

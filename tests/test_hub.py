@@ -165,3 +165,23 @@ def test_an_epsilon_teacher_is_fine_where_it_says_so(pair_folders, offline, conc
     hub.write_json(teacher / "scheduler" / "scheduler_config.json", hub.SD21_SCHEDULER | {"prediction_type": "epsilon"})
     args = train_script.parse_arguments(["--concept", "dog", "--teacher", str(teacher)])
     assert load_pair(args.base, "<v>", "dog", flags=vars(args)).teacher.prediction_type == "epsilon"
+
+
+def test_stock_diffusers_on_the_real_files_draws_what_sample_draws(offline, pair_folders, concept):
+    """Both halves; the exported LoRA and token on from_pretrained(..., variant="fp16"), as a user has it."""
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+    run = train("--base", "sd-turbo", *SHORT, "--echo_steps", 0, "--student_lr", .01, "--teacher_lr", .01)
+    for role, part, flags, call in (("student", run, (), dict(num_inference_steps=1, guidance_scale=0.0)),
+                                    ("teacher", run / "teacher", ("--teacher", "--steps", "4"), dict(num_inference_steps=4, guidance_scale=7.5))):
+        sample_script.main(["--prompt", "a <v> corgi", "--num_images", "1", "--output_dir", role, *flags])
+        pipe = StableDiffusionPipeline.from_pretrained(pair_folders / role, variant="fp16", safety_checker=None, dtype=torch.float32)
+        call |= dict(height=64, width=64, generator=torch.Generator().manual_seed(0))
+        plain = np.asarray(pipe("a corgi", **call).images[0]).astype(int)
+        pipe.load_textual_inversion(str(part))
+        pipe.load_lora_weights(str(part))
+        call["generator"] = torch.Generator().manual_seed(0)
+        theirs = np.asarray(pipe("a <v> corgi", **call).images[0]).astype(int)
+        ours = np.asarray(Image.open(next(Path(role).glob("a-v-corgi*seed0.png")))).astype(int)
+        assert np.abs(ours - theirs).max() <= 1 < np.abs(plain - theirs).max(), role
