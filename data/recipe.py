@@ -60,7 +60,8 @@ KEYS = {
     "weight_decay": (float, ANY, "AdamW, not on the token"),
     "max_grad_norm": (float, None, "gradients of each UNet and of the critics are clipped to this norm; inf: never"),
     "clip_critics": (bool, None, "clip the critics' gradients too"),
-    "mixed_precision": (("no", "bf16", "fp16"), None, "autocast of the forward passes; fp16 only with an epsilon teacher"),
+    "mixed_precision": (("auto", "no", "bf16", "fp16"), None, "autocast of the forward passes, the student's one step apart; "
+                        "auto: bf16 where the hardware has it; fp16 only with an epsilon teacher"),
     "reconstruction_weight": (float, ANY, "teacher on the photos; 0 freezes teacher and token"),
     "adversarial_weight": (float, ANY, "student against the photos, per discriminator"),
     "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),
