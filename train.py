@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision
+from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision
 from data.disk import fail
 from data.images import Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, to_bytes
 from data.progress import Progress
@@ -437,6 +437,7 @@ def main(argv=None):
     run = Run(args, argv)
     device, why = pick_device(args.device)
     check_memory(args.base, device, vars(args))
+    announce_download(args.base, vars(args))
     m, turns = build(args, device), plan(args)
     before = {role: {k: v.detach().cpu().clone() for k, v in weights.items()} for role, weights in m.moved.items()}
     announce(m, args, why, turns)

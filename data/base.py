@@ -8,6 +8,7 @@ sentence about a missing or foreign file is here.
 import inspect
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,8 @@ def find_base(name, flags=None):
     """Where the parts of a base lie: a name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
 
     .teacher .student .encoders .tiny_vae .student_lora: folders or hub repositories ("owner/name", "owner/name@revision");
-    .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is one, else None. A folder holds
+    .licences: {repository: name of its licence}; .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is
+    one, else None. A folder holds
     teacher/ and student/, or a base.json with the keys of a recipe's [base] ("recipe": "sd-turbo"); exit code 2 if neither.
     """
     flags, recipe, folder, entry = flags or {}, name, None, {}
@@ -44,7 +46,7 @@ def find_base(name, flags=None):
     given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
     if "student" in given:
         given["student_lora"] = None
-    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None}
+    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
 
 
@@ -73,8 +75,11 @@ def pick_precision(device):
     return ("bf16", "this hardware computes bf16") if has else ("no", "this hardware has no bf16")
 
 
-def fetch(source, name, needed=True):
-    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none."""
+def fetch(source, name, needed=True, dry=False):
+    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none.
+
+    dry: in place of downloading, what huggingface_hub knows of the file: its size, and whether it is here already.
+    """
     source = str(source)
     if os.path.isdir(source):
         path = Path(source) / name
@@ -86,7 +91,8 @@ def fetch(source, name, needed=True):
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()
     try:
-        return Path(hf_hub_download(repo, name, revision=revision or None))
+        found = hf_hub_download(repo, name, revision=revision or None, **{"dry_run": True} if dry else {})
+        return found if dry else Path(found)
     except errors.HFValidationError:
         fail(f"{source} is no name of a hub repository such as stabilityai/sd-turbo; mend --teacher or --student")
     except errors.GatedRepoError:
@@ -105,6 +111,8 @@ def fetch(source, name, needed=True):
             fail(f"{source} on the hub holds no {name}; give a mirror or a local folder in the diffusers layout")
     except errors.HfHubHTTPError as error:
         fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
+    except OSError as error:  # of the disk, while a file is written
+        fail(f"{source}: {name} cannot be kept ({error.strerror or error}); free some space, or point HF_HOME to a larger disk")
 
 
 def is_cached(repo, revision=None):
@@ -133,6 +141,40 @@ def read_config(source, part, name="config.json", needed=True):
         fail(f"{path} is damaged ({error}); fetch it again or give another folder")
 
 
+def weight_files(part, diffusers):
+    """Names that the weights of a part may have, the half-size fp16 file first."""
+    stem = f"{part}/" * bool(part) + ("diffusion_pytorch_model" if diffusers else "model")
+    return f"{stem}.fp16.safetensors", f"{stem}.safetensors"
+
+
+def announce_download(base, flags):
+    """Print what the hub is going to send, under which licences and where it is kept; refuse if the disk is too small for it."""
+    from huggingface_hub import constants
+    at, sizes = find_base(base, flags), {}
+    wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("unet", "vae", "text_encoder")]
+    wanted += [(at.student, weight_files("unet", True))] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae"))
+    if isinstance(at.encoders, dict):
+        wanted += [(at.encoders[k], weight_files("", False)) for k in ("dino", "dinov2", "clip")]
+    for spec in (at.student_lora, at.encoders["ip_adapter"] if isinstance(at.encoders, dict) else None):
+        if spec and not os.path.isfile(spec):
+            owner, name, file = spec.split("/", 2)
+            wanted.append((f"{owner}/{name}", (file,)))
+    for source, names in wanted:
+        found = None if os.path.isdir(source) else next((f for f in (fetch(source, n, needed=False, dry=True) for n in names) if f), None)
+        if found and found.will_download:
+            sizes[source] = sizes.get(source, 0) + (found.file_size or 0)
+    if not sizes:
+        return
+    total, folder = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    print(f"downloading {total / 1e9:.1f} GB, once, into {folder}: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sizes.items()))
+    for source in sizes:
+        if source.partition("@")[0] in at.licences:
+            print(f"  {source} comes under the {at.licences[source.partition('@')[0]]}")
+    if total > free:
+        fail(f"{folder} has {free / 1e9:.1f} GB free, but the download takes {total / 1e9:.1f} GB; free some space, or point HF_HOME to a larger disk")
+
+
 def load_part(kind, source, part, random=None, **config):
     """A diffusers or transformers model of class `kind`; safetensors only, the half-size fp16 file where there is one.
 
@@ -145,13 +187,11 @@ def load_part(kind, source, part, random=None, **config):
                 return kind.from_config(kind.load_config(folder))
             return kind(kind.config_class.from_pretrained(folder), **config)
     diffusers = hasattr(kind, "load_config")
-    stem = "diffusion_pytorch_model" if diffusers else "model"
-    for variant in ("fp16", None):
-        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        if fetch(source, f"{part}/{file}" if part else file, needed=False):
+    for file, variant in zip(weight_files(part, diffusers), ("fp16", None)):
+        if fetch(source, file, needed=False):
             break
     else:
-        fail(f"{source} holds no {file}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
+        fail(f"{source} holds no {Path(file).name}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
     try:
         return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:

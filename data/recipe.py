@@ -22,7 +22,8 @@ RUN = {
     "class_word": (str, None, None, "the subject's ordinary noun; default: the folder's name"),
     "token": (str, None, "<v>", "the new word for the subject"),
     "output_dir": (str, None, None, "default: out/FOLDER NAME"),
-    "base": (str, None, None, "emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
+    "base": (str, None, None, "emoji, sd-turbo (Stable Diffusion 2.1: CreativeML Open RAIL++-M licence; SD-Turbo: Stability AI Community "
+                              "License), hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
                               "with --teacher or --student sd-turbo"),
     "teacher": (str, None, None, "folder or hub repository in place of the base's teacher"),
     "student": (str, None, None, "folder or hub repository in place of the base's student"),

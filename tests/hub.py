@@ -7,6 +7,9 @@ import gzip
 import importlib.util
 import json
 import shutil
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -128,3 +131,47 @@ def into_cache(folder, cache, repo, revision=None):
     write.parent.mkdir(parents=True, exist_ok=True)
     write.write_text(revision)
     shutil.copytree(folder, home / "snapshots" / revision)
+
+
+@contextmanager
+def serve(cache, monkeypatch, refused=None):
+    """A hub on this machine that holds the repositories of a cache; refused: {repository: (status, what the real hub calls it)}.
+
+    Answers as the real one does: HEAD and GET of resolve/REVISION/FILE with size, etag and commit; yields the files it has sent.
+    """
+    sent = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            repo, _, rest = self.path.strip("/").partition("/resolve/")
+            name = rest.partition("/")[2]
+            home = cache / f"models--{repo.replace('/', '--')}"
+            revision = next((home / "snapshots").iterdir()).name if home.is_dir() else ""
+            file = home / "snapshots" / revision / name
+            status, trouble = (refused or {}).get(repo) or ((404, "RepoNotFound") if not revision else (200, "") if file.is_file() else (404, "EntryNotFound"))
+            body = file.read_bytes() if status == 200 else b""
+            self.send_response(status)
+            for key, value in (("X-Error-Code", trouble), ("X-Repo-Commit", revision), ("ETag", f'"{abs(hash((repo, name)))}"'), ("Content-Length", str(len(body)))):
+                if value:
+                    self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                sent.append(f"{repo}/{name}")
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    try:
+        yield sent
+    finally:
+        server.shutdown()
+        server.server_close()

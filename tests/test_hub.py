@@ -109,6 +109,47 @@ def test_an_incomplete_cache_names_the_file_and_the_mend(offline, concept, cache
     assert code == 2 and "stabilityai/sd-turbo is not in the local cache and the hub cannot be reached" in said
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty hub cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "fresh"))
+    return tmp_path / "fresh"
+
+
+def test_a_first_run_says_what_it_downloads_and_a_second_needs_no_network(cache, elsewhere, concept, monkeypatch, capsys):
+    """With huggingface_hub's own client and cache, against a hub on this machine."""
+    with hub.serve(cache, monkeypatch) as sent:
+        train("--base", "sd-turbo", *SHORT, "--echo_steps", 0)
+        said = capsys.readouterr().out
+        line = next(line for line in said.splitlines() if line.startswith("downloading"))
+        base = find_base("sd-turbo")
+        assert str(elsewhere) in line and " GB, once" in line and all(r in line for r in (base.teacher, base.student, *base.encoders.values()) if "IP" not in r)
+        assert "h94/IP-Adapter" in line and "Open RAIL++-M" in said and "Stability AI Community License" in said and base.tiny_vae not in line
+        assert len(sent) == len(set(sent)) and not any(name.endswith(".bin") for name in sent)
+        sizes = [f for f in elsewhere.rglob("*.safetensors")]
+        assert f"downloading {sum(f.stat().st_size for f in sizes) / 1e9:.1f} GB" in line
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    train("--base", "sd-turbo", *SHORT, "--echo_steps", 0)
+    assert "downloading" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status, code, said", [(403, "GatedRepo", "accept its licence on its hub page and log in"),
+                                                (404, "RepoNotFound", "withdrawn, renamed or private")])
+def test_what_the_hub_refuses_is_one_sentence_before_anything_is_loaded(status, code, said, cache, elsewhere, concept, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "load_pair", lambda *a, **k: pytest.fail("a model was loaded first"))
+    with hub.serve(cache, monkeypatch, {"facebook/dinov2-large": (status, code)}):
+        exit_code, line = exit_of(train_script.main, ["--concept", "dog", "--base", "sd-turbo", *SHORT], capsys)
+    assert exit_code == 2 and "facebook/dinov2-large" in line and said in line
+
+
+def test_too_small_a_disk_is_said_before_the_download(cache, elsewhere, concept, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "load_pair", lambda *a, **k: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr("data.base.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    with hub.serve(cache, monkeypatch) as sent:
+        code, line = exit_of(train_script.main, ["--concept", "dog", "--base", "sd-turbo", *SHORT], capsys)
+    assert code == 2 and "0.0 GB free" in line and "HF_HOME" in line and not any(name.endswith(".safetensors") for name in sent)
+
+
 def test_a_revision_can_be_named(offline, capsys):
     assert fetch("stabilityai/sd-turbo@" + "2" * 40, OPTIONAL, needed=False) is None
     assert fetch("stabilityai/sd-turbo@" + "2" * 40, "unet/config.json").is_file()
