@@ -370,25 +370,25 @@ def adversarial_loss(heads, student, realism):
 
 
 @torch.no_grad()
-def gather_echo(m, args, path, number):
+def gather_echo(m, args, path, turn):
     """The student draws what the photos' own prompts ask; samples most like the photos, faithful and distinct, are kept.
 
-    Writes a sheet of them to `path`; each row begins with its first one's likeness to the photos. number: of the round.
+    Writes a sheet of them to `path`; each row begins with its first one's likeness to the photos.
     """
-    pair, encoders, judges = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
-    g, templates = torch.Generator().manual_seed(args.seed + 1 + (number - 1) * 500_009), m.prompts["templates"]
-    m.echo.round = number
+    pair, encoders, eyes = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
+    g, templates = torch.Generator().manual_seed(args.seed + 1 + (turn.round - 1) * 500_009), m.prompts["templates"]
+    m.echo.round = turn.round
     number = torch.randint(len(templates), (args.echo_samples,), generator=g)
     prompts = [fill(m, templates[i]) for i in number.tolist()]
     photos = m.photos.photos[:m.photos.count].to(m.device)
-    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in judges}
-    images, seen = [], {k: [] for k in judges}
+    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in eyes}
+    images, seen = [], {k: [] for k in eyes}
     some = max(1, min(32, 2 ** 21 // pair.resolution ** 2))  # two million pixels at once; the rest waits in memory
     for part in (prompts[i:i + some] for i in range(0, len(prompts), some)):
         noise = torch.randn(len(part), *pair.latent_shape, generator=g).to(m.device)
         pixels = to_bytes(pair.decode(pair.student.one_step(noise, pair.student_text(part))))  # what a picture file would hold
         x = from_bytes(pixels)
-        for k in judges:
+        for k in eyes:
             seen[k].append(encoders[k].embed(encoders[k].features(x)))
         images.append(pixels.cpu())
     images, seen, number = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}, number.to(m.device)
@@ -406,7 +406,7 @@ def listen(m, args, turn, out):
     if m.echo.known and m.echo.round == turn.round or turn.who == "student" and not args.echo_is_real:
         return
     if m.echo.round != turn.round:
-        gather_echo(m, args, out / ("echo.png" if turn.round == 1 else f"echo-{turn.round}.png"), turn.round)
+        gather_echo(m, args, out / ("echo.png" if turn.round == 1 else f"echo-{turn.round}.png"), turn)
     m.echo.known = study(m, from_bytes(m.echo.images), m.heads if args.echo_is_real else [])
 
 

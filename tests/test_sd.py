@@ -276,10 +276,10 @@ def test_a_fused_adapter_adds_its_product_to_the_weights(written, base):
 
 
 def test_an_adapter_of_another_model_is_refused(base, capsys):
-    save_file({"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}, base / "student/other.safetensors")
-    edit(base / "base.json", student_lora=str(base / "student/other.safetensors"))
+    save_file({"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}, base / "other.safetensors")
+    edit(base / "base.json", student_lora=str(base / "other.safetensors"))
     code, said = exit_of(lambda argv: load_pair(base, "<v>", "dog"), [], capsys)
-    assert code == 2 and "elsewhere" in said
+    assert code == 2 and "elsewhere" in said and "other.safetensors" in said
 
 
 @pytest.mark.parametrize("file, changes, named", [
