@@ -22,7 +22,8 @@ RUN = {
     "class_word": (str, None, None, "the subject's ordinary noun; default: the folder's name"),
     "token": (str, None, "<v>", "the new word for the subject"),
     "output_dir": (str, None, None, "default: out/FOLDER NAME"),
-    "base": (str, None, None, "emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
+    "base": (str, None, None, "emoji, sd-turbo (Stable Diffusion 2.1: CreativeML Open RAIL++-M licence; SD-Turbo: Stability AI Community "
+                              "License), hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
                               "with --teacher or --student sd-turbo"),
     "teacher": (str, None, None, "folder or hub repository in place of the base's teacher"),
     "student": (str, None, None, "folder or hub repository in place of the base's student"),
@@ -48,6 +49,8 @@ KEYS = {
     "train_batch_size": (int, (1, math.inf), "images per iteration and model"),
     "train_unet": (("kv", "attention", "all", "lora"), None, "which UNet weights move"),
     "lora_rank": (int, (1, math.inf), 'of train_unet "lora", in every attention layer'),
+    "start_word": (str, None, "word whose row the token starts as; empty: the class word"),
+    "detach_first_token": (bool, None, "no gradient through keys and values of the first token, which begins every prompt"),
     "carry": (bool, None, "every step of the teacher's weights in the joint stage moves the student's too"),
     "teacher_lr": (float, ANY, "0 freezes the teacher"),
     "student_lr": (float, ANY, "0 freezes the student"),
@@ -57,6 +60,7 @@ KEYS = {
     "lr_decay": (float, SHARE, "last share of each stage in which rates fall to 0; all of the student's part of the echo stage"),
     "weight_decay": (float, ANY, "AdamW, not on the token"),
     "max_grad_norm": (float, None, "gradients of each UNet and of the critics are clipped to this norm; inf: never"),
+    "clip_critics": (bool, None, "clip the critics' gradients too"),
     "mixed_precision": (("auto", "no", "bf16", "fp16"), None, "autocast of the forward passes, the student's one step apart; "
                         "auto: bf16 where the hardware has it; fp16 only with an epsilon teacher"),
     "reconstruction_weight": (float, ANY, "teacher on the photos; 0 freezes teacher and token"),
@@ -64,7 +68,7 @@ KEYS = {
     "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),
     "identity_weight": (float, ANY, "1 - cosine of image tokens, student against teacher"),
     "latent_weight": (float, ANY, "latent MSE, student against teacher"),
-    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images"),
+    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images, on L to 1; 10 is the paper's strength"),
     "swd_projections": (int, (1, math.inf), "random filters per call"),
     "swd_positions": (int, ANY, "patches per level at most, about; 0: all"),
     "lpips_weight": (float, ANY, "perceptual distance of the decoded images in the identity encoder's features"),
@@ -77,15 +81,23 @@ KEYS = {
     "sequential": (bool, None, "all iterations for the teacher alone, then as many for the student"),
     "share_text": (bool, None, "off: the student learns a token of its own by its own losses"),
     "scene_prompts": (float, SHARE, "share of the student's prompts that are scenes"),
-    "crop": (("centre", "pad"), None, "the centre square, or the whole photo on masked grey"),
+    "own_prompts": (bool, None, "in place of templates the student draws what its batch of photos is called, size words included"),
+    "crop": (("centre", "pad", "squash"), None, "the centre square, the whole photo on masked grey, or squashed to a square"),
     "flip": (bool, None, "mirror photos at random"),
     "size_augmentation": (bool, None, "shrink or zoom photos, and say so in the prompt"),
+    "published_sizes": (bool, None, "of size_augmentation: two thirds shrunk to a third or more, one third zoomed, with Custom Diffusion's words"),
+    "mask_erosion": (int, ANY, "latent pixels by which the mask of a photo on grey is narrowed on each side"),
+    "sample_latents": (bool, None, "draw the photos' latents from the encoder's distribution instead of its mean"),
+    "critic_views": (int, ANY, "random zooms into each photo that critics take for real; 0: the photo as it is in the batch"),
     "echo_steps": (int, ANY, "iterations in which the teacher hears the echo, then as many in which the student follows; 0: none"),
+    "echo_rounds": (int, (1, math.inf), "times that this is done, each with an echo gathered anew"),
+    "echo_replaces": (bool, None, "echoed images replace photos in the teacher's batch instead of joining them"),
+    "echo_is_real": (bool, None, "echoed images replace photos as real before the critics, while the student follows"),
     "echo_real_only": (bool, None, "control: as many iterations without the echo"),
     "echo_samples": (int, (1, math.inf), "one-step samples to choose from"),
     "echo_keep": (float, SHARE, "share of them that is kept at most; at least one"),
     "echo_floor": (float, SHARE, "share refused for disagreeing with its prompt, before identity ranks"),
-    "echo_share": (float, SHARE, "echoed images on top of each batch of photos, as a share of it; at least one"),
+    "echo_share": (float, SHARE, "echoed images with each batch of photos, as a share of it; at least one"),
     "echo_weight": (float, ANY, "of the teacher's loss on the kept samples"),
     "echo_noise": (float, SHARE, "teacher sees echoes at noise levels from this share of the schedule up"),
 }
@@ -115,7 +127,7 @@ def typed(key, value, path):
         value = float(value)
     fits = value in kind if isinstance(kind, tuple) else type(value) is kind
     if not fits:
-        wanted = " or ".join(f'"{c}"' for c in kind) if isinstance(kind, tuple) else {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        wanted = " or ".join(f'"{c}"' for c in kind) if isinstance(kind, tuple) else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         fail(f"{path}: {key} must be {wanted}, not {value!r}")
     check(key, value, f"{path}: {key}")
     return value

@@ -125,7 +125,8 @@ JOINT, HEARING = train.Turn("both", "joint", 1.), train.Turn("teacher", "echo", 
 
 def build_meta(args):
     """The run on the meta device."""
-    args = argparse.Namespace(**vars(args) | {"compile": False, "mixed_precision": "no"})
+    fewer = {"critic_views": min(1, args.critic_views)}  # features of windows are known before the first iteration
+    args = argparse.Namespace(**vars(args) | {"compile": False, "mixed_precision": "no"} | fewer)
     return args, train.build(args, torch.device("meta"), random=True, dtype=torch.float32)
 
 
@@ -149,14 +150,14 @@ def count_echo(args, m):
             m.encoders[k].features(x)
     drawn = counter.get_total_flops()
     args = argparse.Namespace(**vars(args))
-    m.echo.z, m.echo.prompts = torch.randn(8, *pair.latent_shape, device="meta"), ["a <v> dog"] * 8
+    m.echo.known, m.echo.prompts = {"z": torch.randn(8, *pair.latent_shape, device="meta")}, ["a <v> dog"] * 8
     heard = []
     for real_only in (True, False):
         args.echo_real_only = real_only
         with FlopCounterMode(display=False) as counter:
             train.iteration(m, args, HEARING, 0)
         heard.append(counter.get_total_flops())
-    return args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0])
+    return args.echo_rounds * (args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,18 +304,27 @@ def report(ours, args, plain):
     for part in sorted({k for _, c in columns.values() for k, v in c.items() if v}):
         print(f"| {part} | " + " | ".join(f"{c.get(part, 0) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
     print("| sum | " + " | ".join(f"{sum(c.values()) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
-    totals = [(a.max_train_steps + a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
+    totals = [(a.max_train_steps + a.echo_rounds * a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
     print("| PFLOP per concept | " + " | ".join(f"{v / 1e15:.4g}" for v in totals) + " |")
     print(f"\n(with these flags {args.max_train_steps} joint iterations, {args.echo_steps} of each network alone, and "
           f"{echoes[-1] / 1e15:.3g} PFLOP to draw, rank and hear the echo)")
-    sizes = [v / 1e9 for v in count_memory(args)]
-    print(f"memory, counted (batch {n}, {args.mixed_precision}, {switches(args)}): weights {sizes[0]:.2f} GB, gradients and optimizer {sizes[1]:.2f} GB, "
-          f"kept for the backward pass {sizes[2]:.2f} GB, together {sum(sizes):.1f} GB; what a network needs in passing comes on top")
+    print_memory({"published" if name == "published" else switches(flags): flags for name, (flags, _) in columns.items()}, args)
     device, why = pick_device(args.device)
     if not ours.steps or device.type == "cpu" and args.device == "auto" and large:
         print("not timed: " + ("--steps 0" if not ours.steps else f"{why}; --device cpu would time it all the same, in many minutes and 14 GB"))
         return
     measure(ours, args, device, why, sum(list(columns.values())[-1][1].values()), 0 if large and device.type == "cpu" else 2)
+
+
+def print_memory(sets, args):
+    """The table of memory by flag set {name: flags}, and with gradient checkpointing added to the last of them."""
+    sets = sets | {f"{switches(args)} --gradient_checkpointing": argparse.Namespace(**vars(args) | {"gradient_checkpointing": True})}
+    print(f"\nGB at batch {args.train_batch_size}, counted as CUDA's autocast would keep it, not yet measured; what a network needs in passing comes on top\n")
+    print("| flags | precision | weights | gradients, optimizer | kept for the backward pass | together |\n|---|---|---|---|---|---|")
+    for name, flags in sets.items():
+        sizes = [v / 1e9 for v in count_memory(flags)]
+        print(f"| {name} | {flags.mixed_precision} | " + " | ".join(f"{v:.2f}" for v in sizes) + f" | {sum(sizes):.1f} |", flush=True)
+    print()
 
 
 def timed(ours, args, device, warm):
