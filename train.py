@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision
+from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe
 from data.disk import fail
 from data.images import Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, to_bytes
 from data.progress import Progress
-from data.recipe import KEYS, RUN, check, make_parser, read_recipe
+from data.recipe import KEYS, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, hold_first_token, merge_low_rank, moves, precision, save_memory, trainable_parameters

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
-from data.recipe import BASES, DATA, read_toml
+from data.recipe import BASES, DATA, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
 
 
@@ -48,6 +48,20 @@ def find_base(name, flags=None):
         given["student_lora"] = None
     defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
+
+
+def read_recipe(argv):
+    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
+    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
+        p.add_argument(f"--{flag}")
+    args, _ = p.parse_known_args(argv)
+    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
+    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
+    recipe |= own
+    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
+        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
+    return base, recipe
 
 
 def pick_device(name="auto"):

@@ -185,18 +185,3 @@ def add_flag(group, name, kind, default, what):
     how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple) else \
         {"type": kind, "metavar": {int: "N", float: "X", str: name.split("_")[-1].upper()}[kind]}
     group.add_argument(f"--{name}", default=default, help=what.replace("%", "%%"), required=name == "concept", **how)
-
-
-def read_recipe(argv):
-    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
-    from data.base import find_base
-    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
-        p.add_argument(f"--{flag}")
-    args, _ = p.parse_known_args(argv)
-    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
-    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
-    recipe |= own
-    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
-        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
-    return base, recipe
