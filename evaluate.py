@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from data.benchmark import report
-from data.disk import fail
+from data.disk import fail, refuse_foreign_bytes
 from data.images import grid, load_photos, photo_paths, save_png, to_pil
 from data.base import find_base, load_encoder, load_pair, pick_device
 from data.disk import save_json
@@ -457,6 +457,7 @@ def parse_arguments(argv=None):
     g.add_argument("--tally", metavar="VOTES", help="votes.json saved from a sheet; prints who won, with its exact interval")
     g.add_argument("--seed", type=int, default=0, help="of the sheet's order")
     args = p.parse_args(argv)
+    refuse_foreign_bytes(args)
     if args.benchmark:
         args.judges = args.judges or ("siglip2" if args.benchmark == "dreambench" else "embedded")
     if args.judges not in (None, "embedded") and args.judges not in JUDGES and not all(Path(args.judges, k, "config.json").is_file() for k in ("clip", "dino")):

@@ -262,7 +262,8 @@ def main(argv=None):
             write_base(folder, FULL_SIZE[ours.base])
             base = folder
         fixed = ["--base", base, "--concept", str(ROOT / "data" / "dog"), "--class_word", "dog"]
-        report(ours, train.parse_arguments(fixed + rest), fixed + [a for a in rest if a.startswith("--train_batch_size")])
+        args = train.parse_arguments(fixed + rest)
+        report(ours, args, [*fixed, "--train_batch_size", str(args.train_batch_size)])
 
 
 def report(ours, args, plain):
