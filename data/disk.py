@@ -17,15 +17,15 @@ def fail(message):
 
 
 def readable(text):
-    """Text with what is no UTF-8 (an old name on the disk, another terminal's bytes) shown as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text in one line: what has no glyph (line ends in a file's name, bytes that are no UTF-8) is shown as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def refuse_foreign_bytes(args):
     """Texts among parsed flags must be UTF-8: they go into JSON, into file names and through tokenizers."""
     for flag, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and readable(text) != text:
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
                 fail(f"--{flag} {text} is no UTF-8; rename the folder or type it anew")
 
 

@@ -182,6 +182,9 @@ class Parser(argparse.ArgumentParser):
         if rest:
             flags = [f for action in self._actions for f in action.option_strings]
             fail(f"{rest[0]} is no flag of {self.prog}; {nearest(rest[0].partition('=')[0], flags)}")
+        for flag, value in vars(args).items():
+            if value == []:  # what argparse makes of --flag=--
+                fail(f"--{flag} is given no value; python {self.prog} --help says what it takes")
         return args
 
 

@@ -309,12 +309,13 @@ def quiet_train(folder, argv):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills, capsys):
-    steps = kills + 4
-    flags = ["--concept", concept, "--max_train_steps", steps, "--echo_steps", steps // 2, "--echo_samples", 16, "--train_batch_size", 2,
+    joint, echo = kills // 2 + 4, kills // 4 + 2
+    stages = [(0, "joint"), (joint, "echo, teacher"), (joint + echo, "echo, student"), (joint + 2 * echo, "end")]  # (first iteration, name)
+    flags = ["--concept", concept, "--max_train_steps", joint, "--echo_steps", echo, "--echo_samples", 16, "--train_batch_size", 2,
              "--checkpointing_steps", 1, "--preview_steps", 4, "--log_steps", 3, "--seed", 3]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "diffusers", "transformers"])
-    chance, hit, during_write, left, seen = random.Random(kills), 0, 0, set(), {}
+    chance, hit, during_write, left, seen = random.Random(kills), 0, 0, [], {}
 
     def finished(folder):
         """Names of the checkpoints that have come so far."""
@@ -351,9 +352,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills,
             hit += 1
             during_write += bool(list(Path(folder).rglob(".*.part")))
             there = checkpoints(f"{folder}/out/dog")
-            left |= {p.stem for p in there}
+            at = int(there[-1].stem[5:]) if there else 0
+            left.append([name for first, name in stages if first <= at][-1])
             process = start(folder, *["--resume_from_checkpoint", "latest"] * bool(there))
         assert process.exitcode == 0, Path(f"{folder}/log.txt").read_text()[-2000:]
         assert files(f"{folder}/out/dog") == files("plain/out/dog")
     with capsys.disabled():
-        print(f"\n{hit} kills in {runs} run(s), {during_write} of them during a write; {len(left)} different checkpoints were left")
+        print(f"\n{hit} kills in {runs} run(s), {during_write} of them during a write; stages: "
+              + ", ".join(f"{left.count(name)} in {name}" for _, name in stages))
+    assert kills < 50 or all(name in left for _, name in stages[:3]), "a stage was not hit"
