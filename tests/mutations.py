@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WIRING, LOSSES, RESUME = "tests/test_wiring.py", "tests/test_losses.py", "tests/test_resume.py"
@@ -20,45 +21,45 @@ INPUT, TRAIN, NUMBERS = "tests/test_input.py", "tests/test_train.py", "tests/tes
 MUTATIONS = [
     # the loop: who, when, which way
     ("real and fake exchanged in the critics' turn", "train.py", "(h(photos.features[k]), h(student.features(k).detach()))",
-     "(h(student.features(k).detach()), h(photos.features[k]))", WIRING),
-    ("critics see the student with its gradient", "train.py", "h(student.features(k).detach())", "h(student.features(k))", WIRING),
+     "(h(student.features(k).detach()), h(photos.features[k]))", f"{WIRING} -k critics"),
+    ("critics see the student with its gradient", "train.py", "h(student.features(k).detach())", "h(student.features(k))", f"{WIRING} -k critics_gradient"),
     ("critics keep the gradient that the student's loss left", "train.py",
-     '        m.optimizers["critic"].zero_grad()  # of what the student\'s loss left there\n', "", WIRING),
-    ("critics' step forgotten", "train.py", '        m.optimizers["critic"].step()\n', "", WIRING),
-    ("student's step forgotten", "train.py", '    m.optimizers["student"].step()\n', "", WIRING),
-    ("token's step forgotten", "train.py", '    m.optimizers["token"].step()  #', "    #", WIRING),
+     '        m.optimizers["critic"].zero_grad()  # of what the student\'s loss left there\n', "", f"{WIRING} -k critics_gradient"),
+    ("critics' step forgotten", "train.py", '        m.optimizers["critic"].step()\n', "", f"{WIRING} -k adversarial"),
+    ("student's step forgotten", "train.py", '    m.optimizers["student"].step()\n', "", f"{WIRING} -k latent"),
+    ("token's step forgotten", "train.py", '    m.optimizers["token"].step()  #', "    #", f"{WIRING} -k teacher_lr"),
     ("student flees from being taken for real", "train.py", 'terms["alignment"] + terms.get("adversarial", 0)', 'terms["alignment"] - terms.get("adversarial", 0)',
-     WIRING),
+     f"{WIRING} -k lowers_it"),
     ("student's noise drawn anew", "train.py", "View(pair.student.one_step(eps, own_context)", "View(pair.student.one_step(torch.randn_like(eps), own_context)",
-     WIRING),
+     f"{WIRING} -k one_noise"),
     ("re-noising with fresh noise", "train.py", "z_t = pair.teacher.add_noise(student.z, eps, t)", "z_t = pair.teacher.add_noise(student.z, torch.randn_like(eps), t)",
-     WIRING),
-    ("target guessed by the student", "train.py", "View(pair.teacher.denoise(z_t,", "View(pair.student.denoise(z_t,", WIRING),
-    ("target without guidance", "train.py", "m.empty, args.guidance_scale), pair, m.encoders", "m.empty, 1.0), pair, m.encoders", WIRING),
+     f"{WIRING} -k one_noise"),
+    ("target guessed by the student", "train.py", "View(pair.teacher.denoise(z_t,", "View(pair.student.denoise(z_t,", f"{WIRING} -k one_noise"),
+    ("target without guidance", "train.py", "m.empty, args.guidance_scale), pair, m.encoders", "m.empty, 1.0), pair, m.encoders", f"{WIRING} -k one_noise"),
     ("target's prompt and empty prompt exchanged", "train.py", "t, context, m.empty, args.guidance_scale), pair", "t, m.empty.expand_as(context), context[:1], args.guidance_scale), pair",
-     WIRING),
-    ("target noise ignored", "train.py", "t = timesteps(m, n, g, args.target_noise)", "t = timesteps(m, n, g)", WIRING),
-    ("c(t') of the next timestep", "train.py", "pair.teacher.alphas_cumprod[t])", "pair.teacher.alphas_cumprod[t - 1])", WIRING),
-    ("alignment not weighed when asked", "train.py", "(c * losses.alignment(", "(losses.alignment(", WIRING),
-    ("mask left out of the reconstruction", "train.py", "losses.reconstruction(out[:n], target[:n], photos.mask)", "losses.reconstruction(out[:n], target[:n])", WIRING),
-    ("photos' mask inverted", "train.py", 'mode="area").to(m.device)', 'mode="area").to(m.device).neg().add(1)', WIRING),
-    ("echoes scored as the first photos", "train.py", "losses.reconstruction(out[n:], target[n:])", "losses.reconstruction(out[n:], target[:len(out) - n])", WIRING),
-    ("echoes drawn by the photos' generator", "train.py", "seed * 1_000_003 + step + 500_009)", "seed * 1_000_003 + step)", f"{WIRING} {TRAIN} -k echo"),
+     f"{WIRING} -k one_noise"),
+    ("target noise ignored", "train.py", "t = timesteps(m, n, g, args.target_noise)", "t = timesteps(m, n, g)", f"{WIRING} -k one_noise"),
+    ("c(t') of the next timestep", "train.py", "pair.teacher.alphas_cumprod[t])", "pair.teacher.alphas_cumprod[t - 1])", f"{WIRING} -k one_noise"),
+    ("alignment not weighed when asked", "train.py", "(c * losses.alignment(", "(losses.alignment(", f"{WIRING} -k one_noise"),
+    ("mask left out of the reconstruction", "train.py", "losses.reconstruction(out[:n], target[:n], photos.mask)", "losses.reconstruction(out[:n], target[:n])", f"{WIRING} -k padded"),
+    ("photos' mask inverted", "train.py", 'mode="area").to(m.device)', 'mode="area").to(m.device).neg().add(1)', f"{WIRING} -k padded"),
+    ("echoes scored as the first photos", "train.py", "losses.reconstruction(out[n:], target[n:])", "losses.reconstruction(out[n:], target[:len(out) - n])", f"{WIRING} -k padded"),
+    ("the same echoes in each step", "train.py", "seed * 1_000_003 + step + 500_009)", "seed * 1_000_003 + 500_009)", f"{WIRING} -k depend"),
     ("generator of a step without its step", "train.py", "g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  #",
-     "g = torch.Generator().manual_seed(args.seed * 1_000_003)  #", WIRING),
+     "g = torch.Generator().manual_seed(args.seed * 1_000_003)  #", f"{WIRING} -k depend"),
     ("generator of a step without its seed", "train.py", "g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  #",
-     "g = torch.Generator().manual_seed(1_000_003 + step)  #", WIRING),
-    ("teacher carries in the echo stage", "train.py", 'args.carry and turn.stage == "joint"', "args.carry", f"{WIRING} {METHODS}"),
+     "g = torch.Generator().manual_seed(1_000_003 + step)  #", f"{WIRING} -k depend"),
+    ("teacher carries in the echo stage", "train.py", 'args.carry and turn.stage == "joint"', "args.carry", f"{WIRING} -k all_terms"),
     ("carry the wrong way round", "train.py", "theirs += new - was", "theirs -= new - was", f"{METHODS} -k carried"),
     ("carry doubled", "train.py", "theirs += new - was", "theirs += 2 * (new - was)", f"{METHODS} -k carried"),
-    ("teacher trains in the student's turn", "train.py", 'if m.teaches and turn.who != "student":', "if m.teaches:", WIRING),
-    ("student trains in the teacher's turn", "train.py", 'if m.draws and turn.who != "teacher":', "if m.draws:", WIRING),
-    ("prompt not detached", "train.py", "own_context = context if args.detach_prompt and args.share_text else", "own_context = context if False else", WIRING),
+    ("teacher trains in the student's turn", "train.py", 'if m.teaches and turn.who != "student":', "if m.teaches:", f"{WIRING} -k all_terms"),
+    ("student trains in the teacher's turn", "train.py", 'if m.draws and turn.who != "teacher":', "if m.draws:", f"{WIRING} -k all_terms"),
+    ("prompt not detached", "train.py", "own_context = context if args.detach_prompt and args.share_text else", "own_context = context if False else", f"{WIRING} -k identity"),
     ("control hears the echo", "train.py", 'hears = turn.stage == "echo" and not args.echo_real_only', 'hears = turn.stage == "echo"', f"{TRAIN} -k three_different"),
-    ("learning rates never fall", "train.py", "min(1, (length - i) / max(1, share * length))", "1", WIRING),
-    ("learning rates an iteration too low", "train.py", "min(1, (length - i) /", "min(1, (length - i - 1) /", WIRING),
-    ("rate of keys and values given to the others", "train.py", "zip(parts, (args.kv_rate, 1.0))", "zip(parts, (1.0, args.kv_rate))", WIRING),
-    ("teacher's weights in the student's optimizer", "train.py", '"student": adamw(groups(m.moved["student"])', '"student": adamw(groups(m.moved["teacher"])', WIRING),
+    ("learning rates never fall", "train.py", "min(1, (length - i) / max(1, share * length))", "1", f"{WIRING} -k rates"),
+    ("learning rates an iteration too low", "train.py", "min(1, (length - i) /", "min(1, (length - i - 1) /", f"{WIRING} -k rates"),
+    ("rate of keys and values given to the others", "train.py", "zip(parts, (args.kv_rate, 1.0))", "zip(parts, (1.0, args.kv_rate))", f"{WIRING} -k rates"),
+    ("teacher's weights in the student's optimizer", "train.py", '"student": adamw(groups(m.moved["student"])', '"student": adamw(groups(m.moved["teacher"])', f"{WIRING} -k latent"),
     ("critics' heads left out of the checkpoint", "train.py", '"token": rows, "echo": m.echo, **heads,', '"token": rows, "echo": m.echo,', f"{RESUME} -k signal_leaves"),
     ("optimizers left out of the checkpoint", "train.py", "**{f\"optimizer.{k}\": o for k, o in m.optimizers.items()}}", "}", f"{RESUME} -k signal_leaves"),
     ("echo left out of the checkpoint", "train.py", '"token": rows, "echo": m.echo, **heads,', '"token": rows, **heads,', f"{RESUME} -k prompts_ask"),
@@ -72,15 +73,15 @@ MUTATIONS = [
     ("images in [-1, 1] taken for [0, 1] in CIELAB", "losses.py", "(srgb_to_lab(((i + 1) / 2).clamp(0, 1)) for i in (x, y))", "(srgb_to_lab(i.clamp(0, 1)) for i in (x, y))", LOSSES),
     ("pyramid not low-passed", "losses.py", "[1., 4., 6., 4., 1.]) / 16", "[0., 0., 16., 0., 0.]) / 16", LOSSES),
     ("filters not of unit norm", "losses.py", "return w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)", "return w", LOSSES),
-    ("latent weight read for identity", "losses.py", "total + weights.identity_weight *", "total + weights.latent_weight *", f"{WIRING} {LOSSES}"),
+    ("latent weight read for identity", "losses.py", "total + weights.identity_weight *", "total + weights.latent_weight *", f"{WIRING} -k identity"),
     ("echo keeps the least alike", "losses.py", "identity.argsort(descending=True, stable=True)", "identity.argsort(stable=True)", LOSSES),
     ("echo's floor refuses the faithful", "losses.py", "allowed = fidelity >=", "allowed = fidelity <=", LOSSES),
     ("copies kept in the echo", "losses.py", ".max() < max_similarity):", ".max() < 9):", LOSSES),
     # networks and kernels
     ("LPIPS lets the gradient reach its target", "kernels/lpips_tail.py", "for i in (a, b.detach()))", "for i in (a, b))", KERNELS),
     ("the teacher's guess has a gradient", "kernels/guided_mse.py", "    with torch.no_grad():\n        with_prompt,", "    if True:\n        with_prompt,", KERNELS),
-    ("guidance from the wrong end", "model.py", "return free + guidance * (prompted - free)", "return prompted + guidance * (prompted - free)", f"{SCHEDULERS} {WIRING}"),
-    ("with and without the prompt exchanged", "model.py", "prompted, free = (self.to_x0(out, z_t, t) for out", "free, prompted = (self.to_x0(out, z_t, t) for out", SCHEDULERS),
+    ("guidance from the wrong end", "model.py", "return free + guidance * (prompted - free)", "return prompted + guidance * (prompted - free)", f"{WIRING} -k one_noise"),
+    ("with and without the prompt exchanged", "model.py", "prompted, free = (self.to_x0(out, z_t, t) for out", "free, prompted = (self.to_x0(out, z_t, t) for out", f"{WIRING} -k one_noise"),
     ("one step from the second-noisiest level", "model.py", "torch.full((len(eps),), self.last, device", "torch.full((len(eps),), self.last - 1, device", SCHEDULERS),
     ("velocity's sign", "model.py", "else alpha * eps - sigma * x0", "else alpha * eps + sigma * x0", SCHEDULERS),
     ("alpha and sigma exchanged", "model.py", "return bar.sqrt(), (1 - bar).sqrt()", "return (1 - bar).sqrt(), bar.sqrt()", SCHEDULERS),
@@ -115,25 +116,41 @@ def copy(to):
     for name in names.splitlines():
         target = Path(to, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (os.symlink if name.endswith(".safetensors") else shutil.copyfile)(ROOT / name, target)
+        if (ROOT / name).suffix == ".safetensors" and not (ROOT / name).is_symlink():
+            os.symlink(ROOT / name, target)
+        else:
+            shutil.copyfile(ROOT / name, target, follow_symlinks=False)
 
 
 def caught(file, old, new, tests):
-    """(whether the tests see the bug, pytest's last line, seconds)."""
-    started = time.time()
+    """(whether the tests see the bug, the name of the first that does, seconds of processor time)."""
     with tempfile.TemporaryDirectory() as folder:
         copy(folder)
-        path = Path(folder, file)
+        path, log = Path(folder, file), Path(folder, "log.txt")
         path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--durations=0", *tests.split()], cwd=folder,
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest {tests}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    return done.returncode == 1, failed[0].split("::")[1].split(" - ")[0].split("[")[0] if failed else "", time.time() - started
+        child = os.fork()  # libraries are imported once, here; what is ours, in the child
+        if not child:
+            os.chdir(folder)
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(1, 2)
+            sys.path[:] = [p for p in sys.path if ROOT not in (Path(p).resolve(), Path(p).resolve().parent)]
+            os._exit(pytest.main(["-x", "-p", "no:cacheprovider", *tests.split()]))
+        _, status, used = os.wait4(child, 0)
+        code, said = os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace")
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest {tests}: exit code {code}, {said[-2000:]}")
+    failed = [line.split("::")[1].split(" - ")[0].split("[")[0] for line in said.splitlines() if line.startswith("FAILED ")]
+    return code == 1, failed[0] if failed else "", used.ru_utime + used.ru_stime
 
 
 def main(words):
+    import torch
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py does, which comes too late here
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel  # noqa: F401
+    from transformers import AutoModel, CLIPTextModel, CLIPTokenizer  # noqa: F401
     survived, chosen = 0, [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
     print("| deliberate bug | in | caught by | s |\n|---|---|---|---|")
     for what, file, old, new, tests in chosen:

@@ -144,7 +144,10 @@ def test_one_noise_is_used_three_times_and_the_target_is_the_new_teachers_guided
     assert all(torch.equal(*pair) for pair in zip(teacher, weights)), "the teacher had not yet taken its step"
     (student, target), = aligned
     assert student.requires_grad and not target.requires_grad
-    torch.testing.assert_close(target, denoise(add_noise(drawn, eps, low), low, context, empty, 3).detach())
+    with torch.no_grad():
+        z_t = add_noise(drawn, eps, low)
+        prompted, free = (m.pair.teacher.x0(z_t, low, c) for c in (context, empty.expand(2, -1, -1)))
+    torch.testing.assert_close(target, 3 * prompted - 2 * free, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(terms["alignment"].detach(), m.pair.teacher.alphas_cumprod[low].mean())
 
 
@@ -154,9 +157,12 @@ def test_a_padded_photo_counts_only_where_it_is_and_an_echo_everywhere(made, con
     m, args = made("--crop=pad", reconstruction_weight=1, echo_share=1)
     seen, reconstruction = [], losses.reconstruction
     monkeypatch.setattr(losses, "reconstruction", lambda *a: seen.append(a) or reconstruction(*a))
+    noised, add_noise = [], m.pair.teacher.add_noise
+    monkeypatch.setattr(m.pair.teacher, "add_noise", lambda *a: noised.append(a) or add_noise(*a))
     train.iteration(m, args, HEARS, 0)
     (photo, aim, mask), (echo, echo_aim) = seen
-    assert len(photo) == len(aim) == len(mask) == len(echo) == len(echo_aim) == 2
+    assert len(photo) == len(mask) == len(echo) == 2 and torch.equal(torch.cat([aim, echo_aim]), m.pair.teacher.target(*noised[0]))
+    assert all(any(torch.equal(z, known) for known in m.echo.z) for z in noised[0][0][2:])
     assert mask.shape[1:] == (1, *m.pair.latent_shape[1:]) and mask[:, :, 3:5].min() == 1 and mask[:, :, :3].max() == 0 == mask[:, :, 5:].max()
 
 
@@ -165,12 +171,13 @@ def test_a_batch_and_its_noise_depend_on_seed_and_step_alone_and_the_echo_change
     drawn, real_batch = [], train.real_batch
     monkeypatch.setattr(train, "real_batch", lambda *a: drawn.append(real_batch(*a)) or drawn[-1])
     levels, add_noise = [], m.pair.teacher.add_noise
-    monkeypatch.setattr(m.pair.teacher, "add_noise", lambda z, eps, t: levels.append((eps[:2], t[:2])) or add_noise(z, eps, t))
-    for turn, step, seed in ((JOINT, 3, 42), (JOINT, 4, 42), (JOINT, 3, 43), (JOINT, 3, 42), (HEARS, 3, 42)):
+    monkeypatch.setattr(m.pair.teacher, "add_noise", lambda z, eps, t: levels.append((eps[:2], t[:2], eps[2:])) or add_noise(z, eps, t))
+    for turn, step, seed in ((JOINT, 3, 42), (JOINT, 4, 42), (JOINT, 3, 43), (JOINT, 3, 42), (HEARS, 3, 42), (HEARS, 4, 42)):
         args.seed = seed
         torch.randn(5)  # torch's own generator is nobody's business
         train.iteration(m, args, turn, step)
-    keys = [torch.cat([b.z.flatten(), eps.flatten(), t]) for b, (eps, t) in zip(drawn, levels)]
+    keys = [torch.cat([b.z.flatten(), eps.flatten(), t]) for b, (eps, t, _) in zip(drawn, levels)]
+    assert not torch.equal(levels[4][2], levels[5][2]), "the same echoes in every step"
     assert torch.equal(keys[0], keys[3]) and torch.equal(keys[0], keys[4])
     assert not torch.equal(keys[0], keys[1]) and not torch.equal(keys[0], keys[2])
 
