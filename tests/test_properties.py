@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save
 
@@ -187,6 +188,7 @@ def begins(concept, monkeypatch, capsys):
         raise Begins
     monkeypatch.setattr(train, "build", build)
     monkeypatch.setattr(train, "check_memory", lambda *a: None)  # its answer is the machine's
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def call(argv):
         before, started = sorted(Path(".").rglob("*")), time.monotonic()
