@@ -33,7 +33,7 @@ def find_base(name, flags=None):
         folder = DATA / name / entry["folder"] if "folder" in entry else None
     else:
         folder, own = Path(name), Path(name, "base.json")
-        if not own.is_file() and not all((folder / part).is_dir() for part in ("teacher", "student")):
+        if not os.path.isfile(own) and not all(os.path.isdir(folder / part) for part in ("teacher", "student")):
             fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
         entry = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
         recipe = entry.get("recipe", "emoji")

@@ -216,7 +216,7 @@ def find_checkpoint(args, facts):
                 fail(f"--{k} is {v} but {path} was made with {meta['flags'].get(k)}; give the same flags to resume")
         check_facts(args, path, meta, facts)
         return path, meta, tensors
-    if latest and Path(args.output_dir, "config.json").is_file():
+    if latest and os.path.isfile(Path(args.output_dir, "config.json")):
         fail(f"--resume_from_checkpoint: the run in {args.output_dir} is finished; draw with: python sample.py --run "
              f"{shlex.quote(args.output_dir)} --prompt \"a {args.token} {args.class_word}\" (or leave the flag out to train anew)")
     fail(f"--resume_from_checkpoint: there is no whole checkpoint in {Path(args.output_dir, 'checkpoints')}; leave the flag out to start anew")
@@ -276,7 +276,7 @@ def checkpoints(folder, part="checkpoints"):
 
 def read_checkpoint(path):
     """(meta, {name: tensor}) of a checkpoint; a ValueError says what is wrong with a truncated, altered or foreign file."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ValueError(f"there is no {path}")
     if not Path(path).is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is truncated or no safetensors file (it is no file)")
