@@ -245,7 +245,7 @@ def check_model(flag, source):
         fail(f"{flag} {source} is no Stable Diffusion 1 or 2 (its UNet is {unet.get('addition_embed_type') or unet['_class_name']}, as in SDXL); "
              "take a pair such as sd-turbo")
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        fail(f"{flag} {source} has {unet['in_channels']} in_channels and other out_channels, as models for inpainting or upscaling do; take one that draws from text alone")
+        fail(f"{flag} {source} draws from {unet['in_channels']} channels (in_channels), as models for inpainting or upscaling do; take one that draws from text alone")
     kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         fail(f"{flag} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
