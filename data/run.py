@@ -89,7 +89,8 @@ class Run:
                   f"{checkpoints(self.out, 'checkpoints-before')[-1]}")
         for part in ("checkpoints", "previews"):
             shutil.rmtree(self.out / part, ignore_errors=True)
-        (self.out / "echo.png").unlink(missing_ok=True)
+        for old in self.out.glob("echo*.png"):
+            old.unlink()
 
     def steps(self, total, bar):
         """The iterations left, with a checkpoint after some, and after the one in which Ctrl-C or SIGTERM asks to stop.
