@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import losses
 from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe
 from data.disk import fail, refuse_foreign_bytes
-from data.images import Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_overlap, save_png, to_bytes
+from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_overlap, save_png,
+                         to_bytes)
 from data.progress import Progress
 from data.recipe import KEYS, LENGTH, RUN, check, make_parser
 from data.run import Run, save_run
