@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import losses
 from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device
 from data.disk import fail
-from data.images import Photos, grid, load_photo, load_photos, load_prompts, photo_paths, save_png
+from data.images import Photos, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
 from data.progress import Progress
 from data.recipe import KEYS, RUN, check, make_parser, read_recipe
 from data.run import Run, save_run
@@ -406,6 +406,7 @@ def main(argv=None):
         before = {"teacher": merge_low_rank(m.pair.teacher.unet), "student": merge_low_rank(m.pair.student.unet)}
     progress.finish()
     preview(m, args, run.out / "preview.png")
+    save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")
     print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach"')

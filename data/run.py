@@ -320,10 +320,10 @@ def read_run(folder=None, root="out", base=None):
     if odd or not 0 <= flags["guidance_scale"] < math.inf or len(flags["token"].split()) != 1:
         fail(f"{config}: {(odd or ['token or guidance_scale'])[0]} has a value that train.py never writes; train again, or name another run with --run")
     if base is None and flags["base"] not in BASES:
-        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
+        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --run {folder} --base with that folder")
     own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
     if base is None and own:
-        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
+        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --run {folder} --base {flags['base']}")
     find_base(base or flags["base"])
     check_run(folder, flags["token"])
     return folder, flags | {"base": base or flags["base"]}
@@ -347,13 +347,14 @@ def load_run(folder, pair):
     """Put a run's weights and token into a freshly loaded pair; returns the weights they replace, as `save_run` wants them."""
     folder, before, rows = Path(folder), {}, []
     for role, part, denoiser in (("teacher", folder / "teacher", pair.teacher), ("student", folder, pair.student)):
-        delta, row = load_file(part / "unet_delta.safetensors"), load_file(part / "learned_embeds.safetensors")[pair.text.token]
-        weights = denoiser.unet.state_dict()
+        row = load_file(part / "learned_embeds.safetensors")[pair.text.token]
+        delta, weights = (load_file(part / "unet_delta.safetensors"), denoiser.unet.state_dict()) if denoiser else ({}, {})
         odd = [k for k, v in delta.items() if k not in weights or weights[k].shape != v.shape or not v.isfinite().all()]
         if odd or row.shape != pair.text.row.shape or not row.isfinite().all():
             fail(f"{part} does not fit this base: {odd[0] if odd else pair.text.token} has another name, shape or no finite values; name another run with --run")
         before[role] = {k: weights[k].cpu().clone() for k in delta}
-        denoiser.unet.load_state_dict(delta, strict=False)
+        if denoiser:
+            denoiser.unet.load_state_dict(delta, strict=False)
         rows.append(row)
     pair.text.row.copy_(rows[0])
     if not torch.equal(*rows):
