@@ -185,7 +185,7 @@ def test_odd_prompts_are_drawn_and_said_to_be_odd(prompt, said, monkeypatch, cap
                                           ("run", {"conv_in.bias": torch.full((96,), torch.nan)})], ids=["name", "shape", "nan"])
 def test_weights_that_do_not_fit_the_base_are_refused(part, spoilt, capsys):
     run_folder(lambda: save_file(spoilt, Path(part, "unet_delta.safetensors")))()
-    code, said = exit_of(sample.main, ["--prompt", "a <v> dog", "--run", "run"], capsys)
+    code, said = exit_of(sample.main, ["--prompt", "a <v> dog", "--run", "run", *["--teacher"] * part.endswith("teacher")], capsys)
     assert code == 2 and part in said and next(iter(spoilt)) in said
 
 
