@@ -8,6 +8,7 @@ echoed back to the teacher, and the student follows it (echo stage). README.md m
 import shlex
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device
+from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, unknown_words
 from data.disk import fail
-from data.images import Photos, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
+from data.images import Photos, are_photographs, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
 from data.progress import Progress
 from data.recipe import KEYS, RUN, check, make_parser, read_recipe
-from data.run import Run, save_run
+from data.run import Run, save_run, share
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, merge_low_rank, moves, precision, save_memory, trainable_parameters
 
@@ -62,6 +63,8 @@ def refuse_contradictions(args):
         fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
     if args.echo_real_only and not args.echo_steps:
         fail("--echo_real_only is the control of an echo stage, which --echo_steps 0 switches off; leave one of them out")
+    if args.report_to == "tensorboard" and not find_spec("tensorboard"):
+        fail("--report_to tensorboard needs a package that is not installed; pip install tensorboard")
     if args.teacher_lr == args.student_lr == args.token_lr == 0:
         fail("--teacher_lr, --student_lr and --token_lr are all 0, so nothing would be learned; raise one of them")
 
@@ -118,7 +121,7 @@ def build(args, device, **loading):
         empty = pair.text([""])
     m = SimpleNamespace(
         device=device, pair=pair, encoders=encoders, heads=heads, moved=moved, rows=rows, empty=empty, echo=Echo(),
-        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts), impl=resolve(args.kernels, device)[0],
+        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts), world=base.prompts, impl=resolve(args.kernels, device)[0],
         photos=Photos(photos, masks, args.flip, args.size_augmentation), autocast=precision(device, args.mixed_precision),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
@@ -129,7 +132,7 @@ def build(args, device, **loading):
     m.optimizers = make_optimizers(m, args)
     m.state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, "echo": m.echo, **heads,
                **{f"optimizer.{k}": o for k, o in m.optimizers.items()}}
-    m.preview = [fill(m, p) for p in m.prompts["preview"]]
+    m.preview = [fill(m, p) for p in m.prompts["preview"] + (args.validation_prompt or [])]
     m.preview_noise = torch.randn(len(m.preview), *pair.latent_shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     return m
 
@@ -359,13 +362,13 @@ def listen(m, args, path):
 
 
 @torch.no_grad()
-def preview(m, args, path):
-    """A grid of photos and of what teacher and student draw for the preview prompts."""
+def preview(m, args):
+    """A grid (PIL) of photos and of what teacher and student draw for the preview prompts."""
     pair, context = m.pair, m.pair.text(m.preview)
     rows = [("photos", m.photos.photos[:min(m.photos.count, len(m.preview))]),
             ("teacher", pair.decode(pair.teacher.sample(m.preview_noise, context, 16, m.empty, args.guidance_scale))),
             ("student", pair.decode(pair.student.sample(m.preview_noise, pair.student_text(m.preview), 1)))]
-    save_png(grid(rows), path)
+    return grid(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -376,13 +379,19 @@ def announce(m, args, why, turns):
         stages.setdefault((turn.who, turn.stage), []).append(turn)
     print(f"device {m.device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {m.pair.teacher.prediction_type}, "
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
+    for word in unknown_words(m.pair.text.tokenizer, args.class_word):
+        print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
+    if m.world == "emoji" and are_photographs(args.concept):
+        print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
+              "for pictures like them take --base sd-turbo, on a GPU")
     print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
     print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
     print(", then ".join(f"{len(part)} iterations of {who}" for (who, _), part in stages.items()) + f", batch {args.train_batch_size}")
 
 
-def main(argv=None):
+def train(argv=None):
+    """One run."""
     args = parse_arguments(argv)
     run = Run(args, argv)
     device, why = pick_device(args.device)
@@ -400,17 +409,33 @@ def main(argv=None):
             listen(m, args, run.out / "echo.png")
         progress.after(step, *iteration(m, args, turn, step))
         if args.preview_steps and (step + 1) % args.preview_steps == 0:
-            preview(m, args, run.out / "previews" / f"{step + 1:05d}.png")
+            progress.show(preview(m, args), run.out / "previews" / f"{step + 1:05d}.png", step + 1)
 
     if args.train_unet == "lora":
         before = {"teacher": merge_low_rank(m.pair.teacher.unet), "student": merge_low_rank(m.pair.student.unet)}
+    progress.show(preview(m, args), run.out / "preview.png", len(turns))
     progress.finish()
-    preview(m, args, run.out / "preview.png")
     save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")
     print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach"')
     run.finish()
+
+
+def main(argv=None):
+    """One run; or, with several concepts, those that fall to this process, one after the other. A bad one does not stop the rest."""
+    failed = []
+    for concept, own in share(argv):
+        try:
+            train(own)
+        except SystemExit as stop:
+            if concept is not None and stop.code != 2:
+                print("the same command as before goes on with all that is left")
+            if concept is None or stop.code != 2:
+                raise
+            failed.append(concept)
+    if failed:
+        fail(f"not trained: {', '.join(failed)}; the sentences above say why")
 
 
 if __name__ == "__main__":

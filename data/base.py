@@ -44,7 +44,7 @@ def find_base(name, flags=None):
     given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
     if "student" in given:
         given["student_lora"] = None
-    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None}
+    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licence": "its own; read it before you share the run"}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
 
 

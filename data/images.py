@@ -24,8 +24,13 @@ def photo_paths(folder):
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     apple = [p for p in files if p.suffix.lower() in (".heic", ".heif")]
     if apple:
-        fail(f"{apple[0]} is a HEIC photo, which Pillow cannot read; export it as JPEG (on a phone: \"most compatible\"), or take it out")
-    paths = [p for p in files if p.suffix.lower() in SUFFIXES]
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            fail(f"{apple[0]} is a HEIC photo, which Pillow cannot read alone; pip install pillow-heif, or export it as JPEG "
+                 "(on a phone: \"most compatible\")")
+        register_heif_opener()
+    paths = [p for p in files if p.suffix.lower() in SUFFIXES or p in apple]
     if not paths:
         fail(f"--concept {folder} holds no image ({', '.join(sorted(SUFFIXES))}); put 3-6 photos of your subject there")
     return paths
@@ -61,6 +66,15 @@ def load_photo(path, size, crop="centre"):
     mask = torch.zeros(1, size, size)
     mask[:, top:bottom, left:right] = 1
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, mask
+
+
+def are_photographs(folder):
+    """Whether a concept's pictures are most likely photographs: they are larger than any drawn for a small world."""
+    sizes = []
+    for path in photo_paths(folder):
+        with Image.open(path) as image:
+            sizes.append(max(image.size))
+    return max(sizes) > 256
 
 
 def load_photos(folder, size, crop="centre", masks=False):

@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 from data.base import find_base
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
 from data.images import grid, save_png, to_pil
-from data.recipe import BASES
+from data.recipe import BASES, KEYS, Parser, read_toml
 from model import draw, to_lora
 
 FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-2"
 LORA = "pytorch_lora_weights.safetensors"
 ROOT = Path(__file__).resolve().parents[1]
-MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
+MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit",
+                        "validation_prompt", "report_to"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ CARD = """# `{token}` {word}, learned by EchoDistill
 ```
 
 ![{count} prompts, seed 0](samples/grid.png)
-
+{photos}
 - `unet_delta.safetensors`: the trained UNet weights themselves, under diffusers names; exact.
 - `{lora}`: their change as a LoRA with kohya keys. {fidelity}
 - `learned_embeds.safetensors`: the token. Once loaded, a second file of the same token needs `token="..."` in `load_textual_inversion`.
@@ -231,6 +232,10 @@ CARD = """# `{token}` {word}, learned by EchoDistill
 The lines need `pip install torch diffusers transformers peft` and draw `samples/{first}`. With a Stable Diffusion base,
 ComfyUI loads the LoRA from `models/loras` and the token from `models/embeddings`; prompts then say `embedding:learned_embeds`
 instead of `{token}`.
+
+Settings: {settings}.
+
+Licence of the base: {licence}. Weights made from it are bound by it, too.
 """
 
 
@@ -254,6 +259,13 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
         f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
         f"image = pipe({quoted(prompt)}, num_inference_steps={steps}, guidance_scale={guidance}, height={size}, width={size},",
         "             generator=torch.Generator().manual_seed(0)).images[0]", 'image.save("picture.png")'])
+
+
+def changed_settings(flags, base):
+    """Flags of a run whose values are not those of its base's recipe, as a sentence of a card."""
+    usual = read_toml(base.recipe)["recipe"]
+    rows = [f"`{k}` {flags[k]} ({usual[k]})" for k in KEYS if k in flags and flags[k] != usual[k]]
+    return f"{', '.join(rows)}; in brackets the base's recipe, which holds the rest" if rows else "all as in the base's recipe"
 
 
 def save_run(folder, pair, before, flags, prompts, rank=None):
@@ -281,9 +293,12 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
         fidelity = "It holds all of it." if exact else \
             f"It leaves out {error:.2%} of the change (Frobenius norm{'' if rank is None else f', rank {rank}'}; norms and biases fit no LoRA)."
-        code = loading_code(part, role, find_base(flags["base"], flags), exact, shown[0], flags["guidance_scale"], pair.resolution)
+        base = find_base(flags["base"], flags)
+        code = loading_code(part, role, base, exact, shown[0], flags["guidance_scale"], pair.resolution)
         card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code=code,
-                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0], **versions)
+                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0],
+                           photos="\n![the photos](photos.png)\n" if (part / "photos.png").is_file() else "",
+                           settings=changed_settings(flags, base), licence=base.licence, **versions)
         save_text(part / "README.md", card)
         save_json(part / "config.json", {"format": FORMAT, "model": role, "flags": flags, "versions": versions,
                                          "lora": {"rank": rank, "left_out": error}})
@@ -361,3 +376,41 @@ def load_run(folder, pair):
         pair.unshare_text()
         pair.student_text.row.copy_(rows[1])
     return before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many runs, over one or several processes
+
+def share(argv=None):
+    """[(concept, command line)] of this process's runs: all that --concept names, or under torchrun every WORLD_SIZE-th of them.
+
+    A concept that stands alone keeps its command line. Of several, finished runs are passed over and unfinished ones resumed,
+    so that the same command goes on after any stop; each run goes to a folder of its own in --output_dir.
+    """
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    p.add_argument("--concept", nargs="+", action="extend", default=[])
+    for flag in ("output_dir", "resume_from_checkpoint", "device"):
+        p.add_argument(f"--{flag}")
+    args, rest = p.parse_known_args(argv)
+    if len(args.concept) < 2 and world == 1:
+        return [(None, argv)]
+    folders = [c for c in args.concept if os.path.isdir(c)]
+    outs = [Path(args.output_dir or "out", Path(c).resolve().name) for c in folders]
+    if len(set(outs)) < len(outs):
+        twice = next(o for o in outs if outs.count(o) > 1)
+        fail(f"two folders of --concept are called {twice.name}, so both runs would go to {twice}; rename one")
+    if rank == 0 and len(folders) < len(args.concept):
+        print(f"note: passed over, for they are no folders: {', '.join(c for c in args.concept if c not in folders)}")
+    device = args.device
+    if device is None and world > 1 and torch.cuda.device_count() > 1:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    runs = []
+    for concept, out in list(zip(folders, outs))[rank::world]:
+        if (out / "config.json").is_file():
+            print(f"{out} is finished and passed over; remove it to train {concept} again")
+            continue
+        go_on = ["--resume_from_checkpoint", "latest"] if checkpoints(out) else []
+        runs.append((concept, ["--concept", concept, "--output_dir", str(out), *(["--device", device] if device else []), *go_on, *rest]))
+    return runs
