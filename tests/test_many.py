@@ -35,16 +35,13 @@ def files(run):
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in sorted(Path(run).rglob("*")) if p.is_file()}
 
 
-def test_two_processes_share_the_concepts_go_on_after_a_stop_and_each_run_equals_one_alone(capsys, monkeypatch):
+def test_of_several_concepts_each_equals_a_run_alone_and_the_same_command_goes_on_after_a_stop(capsys, monkeypatch):
     dog, cat, hat = concepts("dog", "cat", "hat")
     Path("photos/notes.txt").write_text("no concept")
-    alone = {}
-    for name in ("cat", "dog"):
-        train_script.main(["--concept", f"photos/{name}", *SHORT])
-        alone[name] = files(f"out/{name}")
+    train_script.main(["--concept", cat, *SHORT])
+    alone = files("out/cat")
     shutil.rmtree("out")
     capsys.readouterr()
-
     count, loss = [], train_script.losses.reconstruction
 
     def press(*values):  # Ctrl-C in the first iteration
@@ -54,22 +51,32 @@ def test_two_processes_share_the_concepts_go_on_after_a_stop_and_each_run_equals
         return loss(*values)
     command = ["--concept", cat, dog, hat, "photos/notes.txt", *SHORT]
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert [c for c, _ in share(command)] == [dog], "the other process's share"
     monkeypatch.setenv("RANK", "0")
     with monkeypatch.context() as patch:
         patch.setattr(train_script.losses, "reconstruction", press)
         with pytest.raises(SystemExit) as stop:
             train_script.main(command)
-    assert stop.value.code == 130 and "the same command as before goes on" in capsys.readouterr().out and not Path("out/hat").exists()
+    said = capsys.readouterr().out
+    assert stop.value.code == 130 and "the same command as before goes on" in said and "no folders: photos/notes.txt" in said
     assert [c for c, _ in share(command)] == [cat, hat] and "latest" in share(command)[0][1] and "latest" not in share(command)[1][1]
-    monkeypatch.setenv("RANK", "1")
-    train_script.main(command)
-    assert files("out/dog") == alone["dog"], "the other process's share"
-    monkeypatch.setenv("RANK", "0")
     command.remove(hat)
     train_script.main(command)
-    assert "resumed out/cat/checkpoints" in capsys.readouterr().out and files("out/cat") == alone["cat"]
+    assert "resumed out/cat/checkpoints" in capsys.readouterr().out and files("out/cat") == alone
     train_script.main(command)
-    assert "out/cat is finished and passed over" in capsys.readouterr().out and files("out/cat") == alone["cat"]
+    assert "out/cat is finished and passed over" in capsys.readouterr().out and files("out/cat") == alone
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_what_runs_alone_train():
+    names = concepts("dog", "cat", "owl")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), "--concept", *names, *SHORT], check=True)
+    together = {name: files(f"out/{name}") for name in ("dog", "cat", "owl")}
+    shutil.rmtree("out")
+    for name in names:
+        train_script.main(["--concept", name, *SHORT])
+        assert files(f"out/{Path(name).name}") == together[Path(name).name]
 
 
 def test_torchrun_gives_each_process_its_own_concepts():
