@@ -86,7 +86,11 @@ class Denoiser(nn.Module):
         return self(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([context, empty.expand(len(z_t), -1, -1)])).chunk(2)
 
     def one_step(self, eps, context):
-        """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (method, turn 2)."""
+        """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (method, turn 2).
+
+        To be computed in fp32 (or TF32): the division by alpha = .068 makes an error of rounding 14.6 times as large, so that
+        bf16 leaves 10 % in z and fp16 or TF32 1 %.
+        """
         t = torch.full((len(eps),), self.last, device=eps.device)
         return self.x0(self.scales(t)[1] * eps, t, context)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, unknown_words
+from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, unknown_words
 from data.disk import fail
 from data.images import Photos, are_photographs, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
 from data.progress import Progress
@@ -45,6 +45,8 @@ def parse_arguments(argv=None):
         resolve(args.kernels, pick_device(args.device)[0])
     except ValueError as e:
         fail(f"--kernels {args.kernels}: {e}")
+    if args.mixed_precision == "auto":
+        args.mixed_precision, _ = pick_precision(pick_device(args.device)[0])
     for key in KEYS | RUN:
         check(key, getattr(args, key), f"--{key}")
     refuse_contradictions(args)
@@ -143,12 +145,12 @@ def make_optimizers(m, args):
         parts = ([v for k, v in weights.items() if moves(k, "kv") == inside] for inside in (True, False))
         return [{"params": part, "rate": rate} for part, rate in zip(parts, (args.kv_rate, 1.0)) if part]
 
-    def adamw(parameters, lr, decay, fused=None):
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=fused and m.device.type != "meta")
+    def adamw(parameters, lr, decay):
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=m.device.type != "meta")
 
-    return {"teacher": adamw(groups(m.moved["teacher"]), args.teacher_lr, args.weight_decay, True),
+    return {"teacher": adamw(groups(m.moved["teacher"]), args.teacher_lr, args.weight_decay),
             "token": adamw(m.rows.values(), args.token_lr, 0),
-            "student": adamw(groups(m.moved["student"]), args.student_lr, args.weight_decay, True),
+            "student": adamw(groups(m.moved["student"]), args.student_lr, args.weight_decay),
             "critic": adamw([p for h in m.heads.values() for p in h.parameters()], args.critic_lr, args.weight_decay)}
 
 
@@ -276,17 +278,10 @@ def iteration(m, args, turn, step):
         with torch.no_grad():
             context = pair.text(prompts)
         own_context = context if args.detach_prompt and args.share_text else pair.student_text(prompts)
-        with m.autocast():
-            student = View(pair.student.one_step(eps, own_context), pair, m.encoders, m.autocast)
+        student = View(pair.student.one_step(eps, own_context), pair, m.encoders, m.autocast)  # the step itself in fp32
 
         # ---- 3. target: the current teacher denoises the re-noised sample, without gradient
-        t = timesteps(m, n, g, args.target_noise)
-        c = losses.alignment_weight(pair.teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(n, device=m.device)
-        target = None
-        if m.aligns:
-            with torch.no_grad(), m.autocast():
-                z_t = pair.teacher.add_noise(student.z, eps, t)
-                target = View(pair.teacher.denoise(z_t, t, context, m.empty, args.guidance_scale), pair, m.encoders, m.autocast)
+        c, target = alignment_target(m, args, student.z, eps, context, g)
 
         # ---- 4. student's loss: held to the teacher everywhere, to the photos where they can judge
         realism = torch.where(scene, args.scene_adversarial_weight, args.adversarial_weight)
@@ -313,6 +308,19 @@ def iteration(m, args, turn, step):
         m.optimizers["critic"].step()
         duel = {k: (pull[k], losses.critic_accuracy(*v, judged)) for k, v in logits.items()} if comparable else {}
     return terms, norms, duel
+
+
+@torch.no_grad()
+def alignment_target(m, args, z_s, eps, context, g):
+    """c(t') (B,) and the teacher's view of the student's latents z_s, re-noised to a random t' (Sauer et al. 2023)."""
+    teacher = m.pair.teacher
+    t = timesteps(m, len(z_s), g, args.target_noise)
+    c = losses.alignment_weight(teacher.alphas_cumprod[t]) if args.weight_alignment else torch.ones(len(z_s), device=m.device)
+    if not m.aligns:
+        return c, None
+    with m.autocast():
+        z = teacher.denoise(teacher.add_noise(z_s, eps, t), t, context, m.empty, args.guidance_scale)
+    return c, View(z, m.pair, m.encoders, m.autocast)
 
 
 def adversarial_loss(heads, student, realism):
@@ -377,7 +385,7 @@ def announce(m, args, why, turns):
     stages = {}
     for turn in turns:
         stages.setdefault((turn.who, turn.stage), []).append(turn)
-    print(f"device {m.device} ({why}), {args.mixed_precision} autocast, base {args.base}: teacher {m.pair.teacher.prediction_type}, "
+    print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
     for word in unknown_words(m.pair.text.tokenizer, args.class_word):
         print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")

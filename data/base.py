@@ -63,6 +63,16 @@ def pick_device(name="auto"):
     return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
 
 
+def pick_precision(device):
+    """("bf16" or "no", the reason in words): bf16 where the hardware computes in it; a CPU without it would emulate it, many times slower."""
+    if torch.device(device).type == "cuda":
+        has = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") and torch.device(device).type == "cpu" else {}
+        has = bool(facts.get("avx512_bf16") or facts.get("amx_bf16") or facts.get("bf16"))
+    return ("bf16", "this hardware computes bf16") if has else ("no", "this hardware has no bf16")
+
+
 def fetch(source, name, needed=True):
     """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none."""
     source = str(source)
@@ -243,13 +253,18 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
     text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, class_word)
     row = text.row.data
-    for d in filter(None, denoisers.values()):
+    if torch.device(device).type == "cuda" and flags.get("mixed_precision") != "no":
+        torch.backends.cuda.matmul.allow_tf32 = True  # for the student's step: as exact as fp16 (1 %), and no number too large
+    for role, d in denoisers.items():
+        if d is None:
+            continue
+        stored = dtype if role == "teacher" else torch.float32  # the student's step is never in bf16: see Denoiser.one_step
         for name, p in d.unet.named_parameters():
-            p.data = p.data.to(device, torch.float32 if moves(name, flags.get("train_unet", "kv")) else dtype)
+            p.data = p.data.to(device, torch.float32 if moves(name, flags.get("train_unet", "kv")) else stored)
         d.to(device).eval().requires_grad_(False)
     for module in (text, vae, tiny):
         if module is not None:
-            module.to(device, dtype).eval().requires_grad_(False)
+            module.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)  # faster convolutions
     text.row = nn.Parameter(row.to(device))
     size = read_config(base.student, "unet")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
     return Pair(text, vae, denoisers["teacher"], denoisers["student"], text, flags.get("resolution") or size, tiny)
@@ -273,7 +288,7 @@ def load_encoders(base, device="cpu", flags=None, dtype=None, random=False):
     at = base.encoders
     if not isinstance(at, dict):
         if (Path(at) / "clip" / "heads.safetensors").is_file():  # the embedded world's
-            return {name: load_encoder(Path(at) / name).to(device) for name in ("clip", "identity")}
+            return {name: load_encoder(Path(at) / name).to(device, memory_format=torch.channels_last) for name in ("clip", "identity")}
         at = {name: f"{at}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{at}/ip_adapter.safetensors"}
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 

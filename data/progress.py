@@ -82,7 +82,7 @@ class Progress:
             for what, value in row.items():
                 if not value.isfinite():
                     found = checkpoints(self.out)
-                    fail(f"{what} is {value.item()} at iteration {number}; lower {LIKELY[what]}"
+                    fail(f"{what} is {value.item()} at iteration {number}; lower {LIKELY.get(what, 'the learning rates')}"
                          + (" or try --mixed_precision no" if self.args.mixed_precision != "no" else "") + "; "
                          + (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"))
         self.watched.clear()

@@ -59,7 +59,8 @@ KEYS = {
     "lr_decay": (float, SHARE, "last share of each stage in which rates fall to 0; all of the student's part of the echo stage"),
     "weight_decay": (float, ANY, "AdamW, not on the token"),
     "max_grad_norm": (float, None, "gradients of each UNet and of the critics are clipped to this norm; inf: never"),
-    "mixed_precision": (("no", "bf16", "fp16"), None, "autocast of the forward passes; fp16 only with an epsilon teacher"),
+    "mixed_precision": (("auto", "no", "bf16", "fp16"), None, "autocast of the forward passes, the student's one step apart; "
+                        "auto: bf16 where the hardware has it; fp16 only with an epsilon teacher"),
     "reconstruction_weight": (float, ANY, "teacher on the photos; 0 freezes teacher and token"),
     "adversarial_weight": (float, ANY, "student against the photos, per discriminator"),
     "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),

@@ -1,4 +1,6 @@
 """Baselines and ablations are what their names say. Run: python -m pytest tests/test_methods.py"""
+import shlex
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -6,14 +8,17 @@ from safetensors.torch import load_file
 import data.run as run_script
 import train as script
 from conftest import train
-from data.benchmark.report import load_methods
 from data.base import load_pair
+from data.benchmark.run import HERE, load_methods, recipe_flags
 from data.run import load_run
 from model import trainable_parameters
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--lr_decay", 0)
-ALONE = ("--denoising_weight", 1, "--reconstruction_weight", 0, "--adversarial_weight", 0, "--identity_weight", 0, "--latent_weight", 0,
-         "--swd_weight", 0, "--echo_steps", 0)
+
+
+def recipe(name):
+    """The flags of a recipe of the benchmark, cut short."""
+    return (*recipe_flags(HERE / "emoji" / f"{name}.toml"), *SHORT)
 
 
 def moved(run, part=""):
@@ -28,25 +33,25 @@ def token_moved(run):
 
 
 def test_textual_inversion_moves_the_token_alone(concept):
-    run = train(*SHORT, *ALONE, "--student_lr", 0)
+    run = train(*recipe("textual_inversion"))
     assert not moved(run) and not moved(run, "teacher") and token_moved(run)
 
 
 def test_custom_diffusion_moves_the_students_keys_and_values_and_the_token(concept):
-    run = train(*SHORT, *ALONE, "--train_unet", "kv")
+    run = train(*recipe("custom_diffusion"))
     assert moved(run) == set(trainable_parameters(load_pair("emoji", "<v>", "dog").student.unet, "kv"))
     assert not moved(run, "teacher") and token_moved(run)
 
 
 def test_lora_changes_attention_weights_by_at_most_its_rank(concept):
-    run = train(*SHORT, *ALONE, "--train_unet", "lora", "--lora_rank", 2, "--student_lr", 1e-2)
+    run = train(*recipe("lora"), "--lora_rank", 2, "--student_lr", 1e-2)
     before = dict(load_pair("emoji", "<v>", "dog").student.unet.named_parameters())
     changes = [v - before[k] for k, v in load_file(run / "unet_delta.safetensors").items()]
     assert changes and all(torch.linalg.matrix_rank(c.double(), rtol=1e-4) == 2 for c in changes)
 
 
 def test_what_is_carried_to_the_student_is_the_teachers_change(concept):
-    run = train(*SHORT, "--echo_steps", 0, "--student_lr", 0, "--train_unet", "kv", "--carry")
+    run = train(*recipe("teacher_kv"), "--teacher_lr", 1e-4)
     pair = load_pair("emoji", "<v>", "dog")
     student, teacher = dict(pair.student.unet.named_parameters()), dict(pair.teacher.unet.named_parameters())
     after = load_file(run / "unet_delta.safetensors")
@@ -78,13 +83,13 @@ def test_a_sequential_run_first_trains_the_teacher_just_as_it_would_alone(concep
     alone = train(*SHORT, "--echo_steps", 0, "--student_lr", 0, "--no-carry")
     expected = load_file(alone / "teacher" / "unet_delta.safetensors")
     assert not moved(alone)
-    run = train(*SHORT, "--echo_steps", 0, "--sequential", "--no-carry")
+    run = train(*recipe("sequential"))
     found = load_file(run / "teacher" / "unet_delta.safetensors")
     assert all(torch.equal(found[k], v) for k, v in expected.items()) and moved(run)
 
 
 def test_without_a_shared_encoder_the_student_learns_a_token_of_its_own(concept):
-    run = train(*SHORT, "--echo_steps", 0, "--no-share_text")
+    run = train(*recipe("own_text_encoder"), "--echo_steps", 0)
     pair = load_pair("emoji", "<v>", "dog")
     load_run(run, pair)
     assert pair.student_text is not pair.text and not torch.equal(pair.student_text.row, pair.text.row)
@@ -94,6 +99,10 @@ def test_without_a_shared_encoder_the_student_learns_a_token_of_its_own(concept)
 
 @pytest.mark.parametrize("name", [k for k, v in load_methods("emoji").items() if v["flags"]])
 def test_every_method_is_accepted_and_differs_from_the_default(name, concept):
-    import shlex
     plain, flags = (vars(script.parse_arguments(["--concept", "dog", *f])) for f in ([], shlex.split(load_methods("emoji")[name]["flags"])))
     assert plain != flags
+
+
+@pytest.mark.parametrize("name", [k for k, v in load_methods("dreambench").items() if v["flags"]])
+def test_every_method_for_photos_is_accepted(name, concept):
+    script.parse_arguments(["--concept", "dog", *shlex.split(load_methods("dreambench")[name]["flags"])])

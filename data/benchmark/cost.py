@@ -69,7 +69,7 @@ class Meter:
 
         with FlopCounterMode(display=False) if self.device.type == "meta" else nullcontext() as self.counter, \
                 mock.patch.object(torch.Tensor, "backward", and_rest):
-            self.part, self.mark = self.REST, self.now()
+            self.part, self.mark, self.flops, self.seconds = self.REST, self.now(), {}, {}
             yield
             self.switch(self.REST)
 

@@ -1,46 +1,104 @@
-"""From result lines to tables with intervals, a report page, and the blind A/B sheet; no model is needed here."""
+"""From result lines to tables with intervals and a page to look at; no model is needed here."""
 import base64
 import html
 import io
 import json
 import math
-import random
 import re
+import shlex
+import textwrap
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data.benchmark.blind import fill
 from data.disk import fail, write_atomically
 
 HERE = Path(__file__).parent
 SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]
+LONGEST = 150  # characters of a name, which becomes one of a file
 FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
-COMPARED = ["CLIP-T", "CLIP-I", "DINO", "identity"]
+COMPARED = {"CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",
+            "DINO": "is it this very subject?",
+            "identity": "the same, where the prompt leaves the subject as it is"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Results: one JSON line per (method, subject, seed)
 
-def load_methods(benchmark):
-    """{name: {"flags": train.py flags or None, "models": [(who, steps)], "subjects": how many}} of a benchmark."""
-    return json.loads((HERE / "methods.json").read_text(encoding="utf-8"))[benchmark]
+def name_of(model):
+    """The row of a model, ("student", 2) or ("world", 0), in tables."""
+    return f"{model[0]}, {model[1]} step{'s' * (model[1] > 1)}" if model[1] else model[0]
+
+
+def slug(name):
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())
 
 
 def file_name(job):
     """The path, without a suffix, of a (method, subject, seed) under a benchmark's folders."""
     method, subject, seed = job
-    return f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}/{re.sub(r'[^a-z0-9]+', '_', subject.lower())}-{seed}"
+    return f"{slug(method)}/{slug(subject)}-{seed}"
+
+
+def read_line(text):
+    """The result in a line of JSON; a ValueError says what is wrong with it."""
+    try:
+        line = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(line, dict):
+        raise ValueError("it is no JSON object")
+
+    def number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+    def name(value):
+        return isinstance(value, str) and 0 < len(value) <= LONGEST
+    rules = {"method": name, "subject": lambda v: name(v) and not re.search(r"^\.|[/\\\0]", v),
+             "seed": lambda v: type(v) is int and abs(v) < 2 ** 63,
+             "flags": lambda v: v is None or isinstance(v, str) and [v, shlex.split(v)],
+             "judges": name, "iterations": number, "train_cpu_seconds": number,
+             "scores": lambda v: isinstance(v, dict) and all(
+                 model.split(",")[0] in ("world", "student", "teacher") and isinstance(row, dict)
+                 and all(map(number, row.values())) for model, row in v.items())}
+    later = {"benchmark": lambda v: v in ("emoji", "dreambench"), "train_flags": lambda v: isinstance(v, str),
+             "num_seeds": lambda v: type(v) is int, "seconds": number,
+             "recipe": lambda v: v is None or isinstance(v, dict)}  # keys that the oldest lines lack
+    json.dumps(line, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could not be written again
+    for key, right in (rules | later).items():
+        if key not in line and key in rules:
+            raise ValueError(f"it has no {key}")
+        if key in line and not right(line[key]):
+            raise ValueError(f"its {key} is {json.dumps(line[key])[:60]}")
+    return line
 
 
 def read_results(folder):
-    """{(method, subject, seed): line} of results.jsonl and of the jobs finished since it was written."""
-    folder, lines = Path(folder), []
-    if (folder / "results.jsonl").is_file():
-        lines = [json.loads(row) for row in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines += [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("jobs/*/*.json"))]
-    return {(line["method"], line["subject"], line["seed"]): line for line in lines}
+    """({(method, subject, seed): line}, how many are damaged) of results.jsonl and of jobs done since then.
+
+    A damaged line is named and left out.
+    """
+    folder, results, damaged = Path(folder), {}, 0
+    for path in [p for p in (folder / "results.jsonl",) if p.exists()] + sorted(folder.glob("jobs/*/*.json")):
+        try:
+            whole = path.read_bytes()
+        except OSError as error:
+            fail(f"{path} cannot be read ({error.strerror}); move it away")
+        rows = whole.split(b"\n") if path.suffix == ".jsonl" else [whole]
+        for number, row in enumerate(rows, 1):
+            if row.strip():
+                try:
+                    line = read_line(row.decode("utf-8"))
+                    results[line["method"], line["subject"], line["seed"]] = line
+                except ValueError as error:
+                    damaged += 1
+                    place = f"{path}, line {number}," if path.suffix == ".jsonl" else str(path)
+                    print(f"note: {place} is damaged and left out ({error})")
+    return results, damaged
 
 
 def interval(values, resamples=10_000, seed=0):
@@ -50,6 +108,10 @@ def interval(values, resamples=10_000, seed=0):
     return tuple(float(q) for q in np.quantile(values[rows].mean(1), [.025, .975]))
 
 
+def with_interval(values):
+    return f"{np.mean(values):.3f} [{', '.join(f'{v:.3f}' for v in interval(values))}]"
+
+
 def by_subject(results, method, model, score):
     """{subject: mean over seeds} of one score of one row."""
     seeds = {}
@@ -57,36 +119,67 @@ def by_subject(results, method, model, score):
         value = line["scores"].get(model, {}).get(score) if m == method else None
         if value is not None:
             seeds.setdefault(subject, []).append(value)
-    return {s: sum(v) / len(v) for s, v in sorted(seeds.items())}  # in one order, for intervals draw subjects by number
+    return {s: sum(v) / len(v) for s, v in sorted(seeds.items())}  # in one order: intervals draw by number
 
 
 def paired(results, reference, row, score):
-    """(mean, low, high, subjects) of reference - row over subjects that both have, averaged over the seeds that both have.
+    """(mean, low, high, subjects) of reference - row over the subjects, and their seeds, that both have.
 
     A row without training has one seed, which stands for all of them.
     """
     trained = {k: v for k, v in results.items() if v["flags"] is not None}
     seeds = [{(s, seed) for m, s, seed in trained if m == method} for method in (reference[0], row[0])]
-    common = {k: v for k, v in results.items() if k not in trained or not all(seeds) or k[1:] in seeds[0] & seeds[1]}
+    common = {k: v for k, v in results.items()
+              if k not in trained or not all(seeds) or k[1:] in seeds[0] & seeds[1]}
     a, b = by_subject(common, *reference, score), by_subject(common, *row, score)
     differences = [a[s] - b[s] for s in a if s in b]
     return (float(np.mean(differences)), *interval(differences), len(differences)) if differences else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tables and the report
+def sign(found):
+    """"<" or ">" where a row lies below or above the reference by an interval that excludes 0, else ""."""
+    if not found or found[3] < FEWEST:
+        return ""
+    return "<" if found[1] > 0 else ">" if found[2] < 0 else ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+
+def cell(value):
+    """A cell as text on one line; floats get three digits, None is left empty."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else " ".join(str(value).split())
+
+
+def plain(text):
+    """Text that Markdown takes for neither a column nor HTML."""
+    return re.sub("<(?=[A-Za-z!/?])", "&lt;", text.replace("|", "\\|"))
+
+
+def code(text):
+    """Text that stays inside a Markdown code span."""
+    return cell(text).replace("`", "'")
+
 
 def markdown(header, rows):
-    """A Markdown table; floats get three digits, None is left empty."""
-    text = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in [header, *rows]]
+    text = [[plain(cell(c)) for c in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*text)]
     text.insert(1, ["-" * w for w in widths])
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in text)
 
 
+def html_table(header, rows):
+    lines = ["".join(f"<{tag}>{html.escape(cell(c))}</{tag}>" for c in row)
+             for tag, row in [("th", header), *(("td", r) for r in rows)]]
+    return f'<div class=scroll><table><tr>{"<tr>".join(lines)}</table></div>'
+
+
 def row_names(results):
-    """[(method, model)] of a table: the world's own pictures, students, teachers; methods in the order of methods.json."""
-    order = [m for methods in json.loads((HERE / "methods.json").read_text(encoding="utf-8")).values() for m in methods]
+    """[(method, model)]: the world's own pictures, students, teachers; as methods.json orders them."""
+    listed = json.loads((HERE / "methods.json").read_text(encoding="utf-8"))
+    order = [m for methods in listed.values() for m in methods]
     rows = dict.fromkeys((line["method"], model) for line in results.values() for model in line["scores"])
     return sorted(rows, key=lambda r: (["world", "student", "teacher"].index(r[1].split(",")[0]),
                                        order.index(r[0]) if r[0] in order else len(order)))
@@ -100,29 +193,34 @@ def cost(results, method):
     return size, lines[0]["iterations"], f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}"
 
 
-def tables(results, reference):
-    """(scores, paired differences) as Markdown."""
-    scores, differences = [], []
+def score_table(results):
+    """(header, rows): means, with the interval of those that are compared."""
+    rows = []
     for method, model in row_names(results):
         (size, iterations, seconds), cells = cost(results, method), []
         for score in SCORES:
             values = list(by_subject(results, method, model, score).values())
-            cells.append(None if not values else f"{np.mean(values):.3f} [{', '.join(f'{v:.3f}' for v in interval(values))}]"
-                         if score in COMPARED else float(np.mean(values)))
-        scores.append([method, model, size, *cells, iterations, seconds])
-        against = [(reference, "student, 1 step")] + [(reference, model)] * model.startswith("teacher")
-        for other in against:
+            show = with_interval if score in COMPARED else lambda v: float(np.mean(v))
+            cells.append(show(values) if values else None)
+        rows.append([method, model, size, *cells, iterations, seconds])
+    return ["method", "model", "subjects x seeds", *SCORES, "iterations", "CPU s"], rows
+
+
+def difference_table(results, reference):
+    """(header, rows): reference minus the row; a teacher is compared with the reference's teacher too."""
+    rows = []
+    for method, model in row_names(results):
+        for other in [(reference, "student, 1 step")] + [(reference, model)] * model.startswith("teacher"):
             found = {s: paired(results, other, (method, model), s) for s in COMPARED}
             if other != (method, model) and all(found.values()):
-                differences.append([f"{method}: {model}", other[1], found["DINO"][3],
-                                    *(f"{d:+.3f} [{low:+.3f}, {high:+.3f}]{' *' if n >= FEWEST and (low > 0 or high < 0) else ''}"
-                                      for d, low, high, n in found.values())])
-    return (markdown(["method", "model", "subjects x seeds", *SCORES, "iterations", "CPU s"], scores),
-            markdown(["row", f"against {reference}'s", "subjects", *(f"{s} difference" for s in COMPARED)], differences))
+                rows.append([f"{method}: {model}", other[1], found["DINO"][3],
+                             *(f"{d:+.3f} [{low:+.3f}, {high:+.3f}]{' *' * bool(sign((d, low, high, n)))}"
+                               for d, low, high, n in found.values())])
+    return ["row", f"against {reference}'s", "subjects", *(f"{s} difference" for s in COMPARED)], rows
 
 
 def short_table(results, reference):
-    """For README.md: means, and < or > where a row lies below or above the reference's own with an interval that excludes 0.
+    """Means, and < or > where a row lies below or above the reference's own with an interval that excludes 0.
 
     Students are compared with the reference's student, teachers with its teacher.
     """
@@ -131,171 +229,196 @@ def short_table(results, reference):
         (size, _, seconds), cells = cost(results, method), []
         for score in SCORES:
             values = list(by_subject(results, method, model, score).values())
-            found = paired(results, (reference, model), (method, model), score) if method != reference else None
-            found = found if found and found[3] >= FEWEST else None
-            mark = " <" if found and found[1] > 0 else " >" if found and found[2] < 0 else ""
-            cells.append(f"{np.mean(values):.3f}{mark}" if values else None)
+            mark = sign(paired(results, (reference, model), (method, model), score))
+            cells.append(f"{np.mean(values):.3f} {mark}".rstrip() if values else None)
         rows.append([method, model, size, *cells, seconds])
     return markdown(["method", "model", "subjects x seeds", *SCORES, "CPU s"], rows)
 
 
-def update_readme(folder, reference, path):
-    """Put the short table of a benchmark's results between the two marks in README.md."""
+def update_readme(results, reference, path):
+    """Put the short table of a benchmark's results between the two marks of a Markdown file."""
     text = path.read_text(encoding="utf-8")
     head, mark, rest = text.partition("<!-- benchmark -->\n")
     _, end, tail = rest.partition("<!-- end -->")
     if not mark or not end:
         fail(f"--readme {path} has no <!-- benchmark --> ... <!-- end --> to fill")
-    new = f"{head}{mark}{short_table(read_results(folder), reference)}\n{end}{tail}"
+    new = f"{head}{mark}{short_table(results, reference)}\n{end}{tail}"
     write_atomically(path, lambda p: p.write_text(new, encoding="utf-8"))
 
 
-def embedded_png(path, width=1100):
-    image = Image.open(path).convert("RGB")
-    image.thumbnail((width, 10 ** 6))
+# ------------------------------------------------------------------------------------------------------------
+# The page: dots and intervals, pictures, tables
+
+def ticks(low, high, most=5):
+    """Round numbers from low to high, at most so many."""
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= most)
+    return [round(k * step, 6) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def forest(results, reference, score, width=340, height=32):
+    """One measure as inline SVG: a dot and its 95 % interval for each method, a line through the reference.
+
+    A dot is filled where the paired difference from the reference excludes 0. width, height (of a row) in px.
+    """
+    rows = []  # (method, model, mean, low, high, subjects, filled)
+    for method, model in row_names(results):
+        values = list(by_subject(results, method, model, score).values())
+        if values:
+            other = (reference, "student, 1 step" if model == "world" else model)
+            rows.append((method, model, float(np.mean(values)), *interval(values), len(values),
+                         bool(sign(paired(results, other, (method, model), score)))))
+    if not rows:
+        return ""
+    low, high = min(r[3] for r in rows), max(r[4] for r in rows)
+    low, high = (low, high) if high > low else (low - .05, high + .05)
+    most = max(r[5] for r in rows)
+
+    def x(value):
+        return f"{8 + (value - low) / (high - low) * (width - 16):.1f}"
+    body, y = [], 8
+    for model, group in groupby(rows, key=lambda r: r[1]):
+        body.append(f'<text class=group x=4 y={y + 20}>{html.escape(model)}</text>')
+        y = top = y + 28
+        for method, _, mean, left, right, n, filled in group:
+            name = textwrap.shorten(method + (f" ({n} subjects)" if n < most else ""), 54, placeholder=" …")
+            title = f"{method}, {model}: {mean:.3f} [{left:.3f}, {right:.3f}], {n} subjects"
+            kind = "row" + " own" * (method == reference) + " told" * filled
+            body.append(f'<g class="{kind}"><title>{html.escape(title)}</title>'
+                        f'<rect y={y} width={width} height={height} rx=4 />'
+                        f'<text x=4 y={y + 13}>{html.escape(name)}</text>'
+                        f'<path d="M{x(left)} {y + 22}H{x(right)}"/>'
+                        f'<circle cx={x(mean)} cy={y + 22} r=4 /></g>')
+            y += height
+        own = [r for r in rows if r[:2] == (reference, model)]
+        body += [f'<path class=reference d="M{x(r[2])} {top}V{y}"/>' for r in own]
+    grid = "".join(f'<path class=grid d="M{x(t)} 4V{y}"/><text class=tick x={x(t)} y={y + 14}>{t:g}</text>'
+                   for t in ticks(low, high))
+    return (f'<svg viewBox="0 0 {width} {y + 20}" role=img aria-label="{html.escape(score)} of each method">'
+            f'{"".join(body)}{grid}</svg>')
+
+
+def webp(image, width=1600, alt=""):
+    """An <img> that holds its picture."""
+    image = image.convert("RGB")
+    image.thumbnail((width, width))
     data = io.BytesIO()
     image.save(data, "WEBP", quality=85)
-    return f'<img src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    code = base64.b64encode(data.getvalue()).decode()
+    return f'<img loading=lazy alt="{html.escape(alt)}" src="data:image/webp;base64,{code}">'
 
 
-def html_table(text):
-    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.splitlines()]
-    cells = "".join("<tr>" + "".join(f"<{'td' if i else 'th'}>{html.escape(c)}</{'td' if i else 'th'}>" for c in row) + "</tr>"
-                    for i, row in enumerate([rows[0]] + rows[2:]))
-    return f"<table>{cells}</table>"
+def strips(folder, line, n=8):
+    """[(model, PIL image of its first n pictures in a row)] of a job, if its pictures are still there."""
+    try:
+        job = line["method"], line["subject"], line["seed"]
+        sheet = Image.open(folder / "pictures" / f"{file_name(job)}.png")
+        sheet.load()
+    except OSError:
+        return []
+    side = sheet.height // len(line["scores"])
+    return [(model, sheet.crop((sheet.width - n * side, i * side, sheet.width, (i + 1) * side)))
+            for i, model in enumerate(line["scores"])]
 
 
-def contact(folder, jobs, path):
-    """A row for each (method, subject, seed) of the emoji benchmark whose pictures are still there: a photo, then one-step pictures."""
-    files = [(folder / "concepts" / job[1] / "00.png", folder / "pictures" / f"{file_name(job)}.png") for job in jobs]
-    files = [pair for pair in files if all(p.is_file() for p in pair)]
-    if files:
-        side, wide = 128, 8 * 128
-        sheet = Image.new("RGB", (side + 16 + wide, side * len(files)), "white")
-        for i, (photo, picture) in enumerate(files):
-            drawn = Image.open(picture)
+def contact(folder, lines, path, side=128):
+    """A row for each job whose pictures are still there: a photo, then eight pictures of its first model."""
+    rows = [(folder / "concepts" / line["subject"] / "00.png", strips(folder, line)) for line in lines]
+    rows = [(photo, found[0][1]) for photo, found in rows if found and photo.is_file()]
+    if rows:
+        sheet = Image.new("RGB", (side + 16 + 8 * side, side * len(rows)), "white")
+        for i, (photo, drawn) in enumerate(rows):
             sheet.paste(Image.open(photo).convert("RGB").resize((side, side), Image.NEAREST), (0, side * i))
-            sheet.paste(drawn.crop((drawn.width - wide, 0, drawn.width, side)), (side + 16, side * i))  # no label, the first of two models
+            drawn = drawn if drawn.height == side else drawn.resize((8 * side, side))
+            sheet.paste(drawn, (side + 16, side * i))
         write_atomically(path, lambda p: sheet.save(p, "WEBP", quality=85))
 
 
+def gallery(folder, lines):
+    """The photos of each subject beside the pictures of each method, as HTML; `lines` are of one seed."""
+    sections = []
+    for subject in dict.fromkeys(line["subject"] for line in lines):
+        figures = "".join(
+            f"<figure><figcaption>{html.escape(line['method'])} <i>{html.escape(model)}</i></figcaption>"
+            f"<button>{webp(strip, alt=line['method'])}</button></figure>"
+            for line in lines if line["subject"] == subject for model, strip in strips(folder, line))
+        photos = "".join(f"<button>{webp(Image.open(p), 512, 'photo')}</button>"
+                         for p in sorted((folder / "concepts" / subject).glob("*.png"))[:6])
+        if figures:
+            left = f"<div class=photos><h3>{html.escape(subject)}</h3>{photos}</div>"
+            sections.append(f"<section class=subject>{left}<div class=strips>{figures}</div></section>")
+    return "".join(sections) or "<p>The pictures of this benchmark are not in this folder.</p>"
+
+
+def settings_table(results):
+    """(header, rows): what each method was trained with."""
+    rows = []
+    for method in dict.fromkeys(m for m, _ in row_names(results)):
+        lines = [line for (m, _, _), line in results.items() if m == method]
+        size, iterations, _ = cost(results, method)
+        flags = {" ".join(filter(None, (line.get("train_flags"), line["flags"]))) for line in lines}
+        recipe = "; ".join(sorted(flags)) or "the base's own recipe"
+        rows.append([method, size, ", ".join(map(str, sorted({line["seed"] for line in lines}))), iterations,
+                     recipe if lines[0]["flags"] is not None else "not trained"])
+    return ["method", "subjects x seeds", "training seeds", "iterations", "recipe"], rows
+
+
+def page(folder, results, reference, shown):
+    """The self-contained report.html."""
+    lines = list(results.values())
+    spec = json.loads((HERE / f"{lines[0].get('benchmark', 'emoji')}.json").read_text(encoding="utf-8"))
+    subjects = list(dict.fromkeys(line["subject"] for line in lines))
+    drawn = {k[1] for k in results if (folder / "pictures" / f"{file_name(k)}.png").is_file()}
+    picked = [s for s in subjects if s in drawn][:shown]
+    rank = {m: i for i, m in enumerate(dict.fromkeys(m for m, _ in row_names(results)))}
+    first = {}  # of each method and subject, the first seed
+    for line in sorted(lines, key=lambda v: (rank[v["method"]], v["seed"])):
+        if line["subject"] in picked:
+            first.setdefault((line["method"], line["subject"]), line)
+    seeds = sorted({line.get("num_seeds") for line in lines} - {None})
+    trained = sorted({line["seed"] for line in lines if line["flags"] is not None})
+    facts = [f"judges: {', '.join(sorted({line['judges'] for line in lines}))}", f"{len(subjects)} subjects",
+             f"training seeds {', '.join(str(s) for s in trained)}",
+             f"pictures per prompt: {', '.join(map(str, seeds))}, seeds from 0", f"compared with {reference}"]
+    panels = "".join(f"<figure class=panel><figcaption><b>{s}</b> {why}</figcaption>{svg}</figure>"
+                     for s, why in COMPARED.items() if (svg := forest(results, reference, s)))
+    values = {"FACTS": html.escape(" · ".join(facts)), "REFERENCE": html.escape(reference), "PANELS": panels,
+              "PROMPTS": html.escape(", ".join(spec["prompts"]["object"][:8]).replace("{}", "…")),
+              "GALLERY": gallery(folder, list(first.values())), "SCORES": html_table(*score_table(results)),
+              "DIFFERENCES": html_table(*difference_table(results, reference)), "FEWEST": str(FEWEST),
+              "SETTINGS": html_table(*settings_table(results))}
+    return fill((HERE / "page.html").read_text(encoding="utf-8"), values)
+
+
 def write(folder, reference, shown=6):
-    """results.jsonl (sorted), table.md, pictures.webp and the self-contained report.html, from whatever is finished."""
+    """results.jsonl, table.md, pictures.webp and report.html of whatever is finished; returns the results."""
     folder = Path(folder)
-    results = read_results(folder)
+    results, damaged = read_results(folder)
     if not results:
-        fail(f"{folder} holds no results yet; run the benchmark first")
-    order = sorted(results)
-    write_atomically(folder / "results.jsonl", lambda p: p.write_text(
-        "".join(json.dumps(results[k], ensure_ascii=False) + "\n" for k in order), encoding="utf-8"))
-    scores, differences = tables(results, reference)
+        fail(f"{folder} holds no results; run the benchmark first")
+    results = dict(sorted(results.items()))  # in one order, whichever job was done first
+    if damaged:
+        print(f"note: {damaged} damaged; {folder / 'results.jsonl'} is left as it is, the rest is reported")
+    else:
+        rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in results.values())
+        write_atomically(folder / "results.jsonl", lambda p: p.write_text(rows, encoding="utf-8"))
     sets = ", ".join(sorted({line["judges"] for line in results.values()}))
-    text = (f"Judges: {sets}. Means over subjects of the mean over seeds; [95 % bootstrap interval over subjects].\n\n{scores}\n\n"
-            f"{reference} minus the row, paired by subject and seed; * where the interval excludes 0 (from {FEWEST} subjects on).\n\n{differences}\n\n"
-            + "".join(f"- {m}: `python train.py --concept SUBJECT --seed SEED {flags}`\n" for m, flags in
-                      {line["method"]: line["flags"] for line in results.values()}.items() if flags is not None))
+    trained = {m: line["flags"] for (m, _, _), line in results.items() if line["flags"] is not None}
+    text = (f"Judges: {plain(cell(sets))}. "
+            "Means over subjects of the mean over seeds; [95 % bootstrap interval over subjects].\n\n"
+            f"{markdown(*score_table(results))}\n\n"
+            f"{plain(cell(reference))} minus the row, paired by subject and seed; "
+            f"* where the interval excludes 0 (from {FEWEST} subjects on).\n\n"
+            f"{markdown(*difference_table(results, reference))}\n\n"
+            + "".join(f"- {plain(cell(m))}: `python train.py --concept SUBJECT --seed SEED {code(flags)}`\n"
+                      for m, flags in trained.items()))
     write_atomically(folder / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
-    first = [k for k in order if k[2] == order[0][2]]
-    contact(folder, [k for k in first if k[0] == reference][:2 * shown], folder / "pictures.webp")
-    subjects = list(dict.fromkeys(k[1] for k in first))[:shown]
-    figures = "".join(f"<h2>{html.escape(s)}</h2>" + "".join(
-        f"<p>{html.escape(m)}</p>{embedded_png(picture)}" for m, subject, seed in first if subject == s
-        if (picture := folder / "pictures" / f"{file_name((m, subject, seed))}.png").is_file()) for s in subjects)
-    page = (f"<!doctype html><meta charset=utf-8><title>EchoDistill benchmark</title><style>body{{font:14px sans-serif;margin:2em}}"
-            f"td,th{{padding:2px 8px;text-align:left;white-space:nowrap}}tr:nth-child(even){{background:#f4f4f4}}</style><h1>EchoDistill benchmark</h1>"
-            f"<p>Judges: {html.escape(sets)}. Means over subjects; in brackets the 95 % bootstrap interval over subjects.</p>{html_table(scores)}"
-            f"<p>{html.escape(reference)} minus the row, paired by subject and seed; * where the interval excludes 0.</p>{html_table(differences)}{figures}")
-    write_atomically(folder / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+    seed = next(iter(results))[2]
+    lines = [line for (method, _, s), line in results.items() if method == reference and s == seed]
+    contact(folder, lines[:2 * shown], folder / "pictures.webp")
+    whole = page(folder, results, reference, shown)
+    write_atomically(folder / "report.html", lambda p: p.write_text(whole, encoding="utf-8"))
     print(text)
-    print(f"{len(results)} results: {folder / 'results.jsonl'}, {folder / 'table.md'}, {folder / 'report.html'}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Blind comparison by eye
-
-SHEET = """<!doctype html><meta charset=utf-8><title>Which is better?</title>
-<style>body{font:16px sans-serif;margin:2em;text-align:center}img{image-rendering:pixelated;width:256px;margin:4px}
-.choice{cursor:pointer;border:4px solid transparent;display:inline-block;margin:0 1em}.choice:hover{border-color:#58f}</style>
-<p>The subject:</p><p>PHOTOS</p><h2 id=prompt></h2><p id=left class=choice></p><p id=right class=choice></p>
-<p>Click the picture that shows this subject and this prompt better. <span id=count></span></p>
-<script>
-const trials = TRIALS, votes = [];
-function show() {
-  if (votes.length == trials.length) {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([JSON.stringify({sheet: SHEET_ID, votes}, null, 1)], {type: "application/json"}));
-    link.download = "votes.json"; link.textContent = "Done. Save votes.json"; document.body.replaceChildren(link); return;
-  }
-  const t = trials[votes.length];
-  prompt.textContent = t.prompt; count.textContent = (votes.length + 1) + " of " + trials.length;
-  for (const side of ["left", "right"])
-    document.getElementById(side).innerHTML = '<img src="data:image/png;base64,' + t[side] + '">';
-}
-for (const side of ["left", "right"])
-  document.getElementById(side).onclick = () => { votes.push({trial: trials[votes.length].number, choice: side}); show(); };
-const prompt = document.getElementById("prompt"), count = document.getElementById("count");
-show();
-</script>
-"""
-
-
-def png_base64(image):
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def ab_sheet(pictures, photos, names, folder, seed):
-    """One HTML page that does not tell which is which, and the key that does.
-
-    pictures  [(prompt, PIL image of A, PIL image of B)]
-    names     of A and B, kept in key.json beside the page
-    """
-    rng = random.Random(seed)
-    order = list(range(len(pictures)))
-    rng.shuffle(order)
-    trials, a_is = [], {}
-    for number in order:
-        prompt, a, b = pictures[number]
-        a_is[number] = rng.choice(["left", "right"])
-        left, right = (a, b) if a_is[number] == "left" else (b, a)
-        trials.append({"number": number, "prompt": prompt, "left": png_base64(left), "right": png_base64(right)})
-    identity = f"{rng.getrandbits(64):016x}"
-    page = (SHEET.replace("PHOTOS", "".join(f'<img src="data:image/png;base64,{png_base64(p)}" style="width:128px">' for p in photos))
-            .replace("TRIALS", json.dumps(trials)).replace("SHEET_ID", json.dumps(identity)))
-    write_atomically(folder / "sheet.html", lambda p: p.write_text(page, encoding="utf-8"))
-    write_atomically(folder / "key.json", lambda p: p.write_text(
-        json.dumps({"sheet": identity, "A": names[0], "B": names[1], "a_is": a_is}, indent=1), encoding="utf-8"))
-    print(f"open {folder / 'sheet.html'}, vote, save votes.json beside it; then: python evaluate.py --tally {folder / 'votes.json'}")
-
-
-def binomial_interval(wins, n, level=.95):
-    """Exact (Clopper & Pearson 1934) interval of a share of wins among n."""
-    def tail(p, k):  # P(X >= k)
-        return sum(math.comb(n, i) * p ** i * (1 - p) ** (n - i) for i in range(k, n + 1))
-
-    def solve(k, target):
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if tail(middle, k) < target else (low, middle)
-        return low
-    alpha = (1 - level) / 2
-    return (0.0 if wins == 0 else solve(wins, alpha)), (1.0 if wins == n else solve(wins + 1, 1 - alpha))
-
-
-def tally(path):
-    """Print how often A was preferred; path is votes.json with the sheet's key.json beside it."""
-    try:
-        votes, key = (json.loads(p.read_text(encoding="utf-8")) for p in (path, path.with_name("key.json")))
-        if votes["sheet"] != key["sheet"]:
-            fail(f"--tally {path} was voted on another sheet than {path.with_name('key.json')}")
-        choices = {str(v["trial"]): v["choice"] for v in votes["votes"]}
-        wins = sum(choice == key["a_is"][trial] for trial, choice in choices.items())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--tally {path} cannot be counted ({type(error).__name__}: {error}); it must lie beside its sheet's key.json")
-    if not choices:
-        fail(f"--tally {path} holds no votes")
-    low, high = binomial_interval(wins, len(choices))
-    print(f"A ({key['A']}) preferred to B ({key['B']}) in {wins} of {len(choices)} votes: {wins / len(choices):.1%}, "
-          f"95 % interval {low:.1%} to {high:.1%}")
+    written = ", ".join(str(folder / name) for name in ("results.jsonl", "table.md", "report.html"))
+    print(f"{len(results)} results: {written}")
+    return results

@@ -16,7 +16,11 @@ The grammar of captions (brackets: optional; every word the base ever reads is h
 A flat drawing shows Twemoji's individual, anything else Fluent's. Where a caption names no colour, the subject
 keeps its own up to a small unnamed jitter; where it names no place, the place is any.
 
-    python data/emoji/world.py                                          # the speed, 64 captions and a grid
+What no caption names is geometry and light. `World(freedom=f)` opens them: at 0 subjects stand upright on an 8-px grid,
+mostly in the middle; at 1 size (within the range of its word), place, tilt, mirror, crop of the background and light vary
+as in a person's photos, and neighbours stand beside each other, both whole. A curriculum may raise f on the way.
+
+    python data/emoji/world.py --freedom 1                              # the speed, 64 captions and a grid
     python data/emoji/world.py --subject "dog face" --output data/dog   # five pictures of one held-out individual
 """
 import functools
@@ -45,6 +49,7 @@ PLACES = SCENES + [f"on a {c} background" for c in COLOURS]  # place number -> w
 MEDIA = ["", "a photo of ", "a picture of ", "a close-up photo of ", "a flat drawing of "]
 CLOSE_UP, FLAT = 3, 4
 SIZES = {"": 48, "small": 28, "big": 56, "close-up": 64, "beside": 30}  # drawn size in pixels
+RANGES = {"": (34, 52), "small": (20, 29), "big": (54, 62), "close-up": (68, 80), "beside": (27, 46)}  # the same at freedom 1
 GRID = 8  # objects sit on the autoencoder's grid of 8 px: a latent network is blind to shifts by whole cells only
 
 
@@ -206,14 +211,15 @@ def flat_background(colour, rng):
 
 
 @functools.cache  # drawn once for all worlds of a process: some 1,200 pictures, that nobody writes into
-def backgrounds():
-    """(len(PLACES), VARIANTS, 3, SIZE, SIZE) uint8: the bank of pre-drawn places."""
-    bank = np.empty((len(PLACES), VARIANTS, SIZE, SIZE, 3), np.uint8)
+def backgrounds(scale=1):
+    """(len(PLACES), VARIANTS, 3, scale SIZE, scale SIZE) uint8: the bank of pre-drawn places; scale 1 or, as drawn, 2."""
+    side, cell = scale * SIZE, 2 // scale
+    bank = np.empty((len(PLACES), VARIANTS, side, side, 3), np.uint8)
     for i, place in enumerate(PLACES):
         for v in range(VARIANTS):
             rng = np.random.default_rng((i, v))
             picture = scene(place, rng) if i < len(SCENES) else flat_background(list(COLOURS)[i - len(SCENES)], rng)
-            bank[i, v] = picture.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).clip(0, 1) * 255
+            bank[i, v] = picture.reshape(side, cell, side, cell, 3).mean((1, 3)).clip(0, 1) * 255
     return torch.from_numpy(bank).permute(0, 1, 4, 2, 3).contiguous()
 
 
@@ -247,18 +253,46 @@ def hue_jitter(rgb, hue, saturation, value):
     return (torch.einsum("bij,bjhw->bihw", turn * value[:, None, None], rgb)).clamp(0, 1)
 
 
-def paint(canvas, rgba, pixels, centre, angle, flip):
-    """Draw sprites (B, 4, TILE, TILE) on canvases (B, 3, SIZE, SIZE), all in [0, 1].
-
-    pixels (B,) is the drawn size, centre (B, 2) in [-1, 1], angle (B,) in radians, flip (B,) bool.
-    """
+def frame(pixels, centre, angle, flip):
+    """(B, 2, 3) for affine_grid: where on its tile a picture finds a sprite of so many pixels, centre, tilt and mirror."""
     c, s = angle.cos() * SIZE / pixels, angle.sin() * SIZE / pixels
     sign = torch.where(flip, -1.0, 1.0)
     theta = torch.stack([torch.stack([c * sign, s * sign], 1), torch.stack([-s, c], 1)], 1)  # (B, 2, 2)
-    theta = torch.cat([theta, -theta @ centre[:, :, None]], 2)
-    grid = F.affine_grid(theta, (len(rgba), 4, SIZE, SIZE), align_corners=False)
-    drawn = F.grid_sample(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1), grid, align_corners=False)
+    return torch.cat([theta, -theta @ centre[:, :, None]], 2)
+
+
+def look(tiles, theta):
+    """What pictures (B, C, SIZE, SIZE) with frames theta (B, 2, 3) see of tiles (B, C, h, w)."""
+    return F.grid_sample(tiles, F.affine_grid(theta, (len(tiles), 4, SIZE, SIZE), align_corners=False), align_corners=False)
+
+
+def paint(canvas, rgba, pixels, centre, angle, flip, shadow=None):
+    """Draw sprites (B, 4, TILE, TILE) on canvases (B, 3, SIZE, SIZE), all in [0, 1].
+
+    pixels (B,) is the drawn size, centre (B, 2) in [-1, 1], angle (B,) in radians, flip (B,) bool;
+    shadow (B, 3): how far the sprite's soft shadow falls (in units of centre), and how dark it is.
+    """
+    if shadow is not None:
+        soft = F.avg_pool2d(rgba[:, 3:], 4)  # a shadow has no detail
+        canvas = canvas * (1 - shadow[:, 2, None, None, None] * look(soft, frame(pixels, centre + shadow[:, :2], angle, flip)))
+    tiles = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+    if shadow is not None:
+        few = torch.where(pixels < TILE / 2)[0]  # drawn at less than half size: every pixel must see all of its 2 x 2
+        tiles = tiles.index_copy(0, few, F.interpolate(F.avg_pool2d(tiles[few], 2), size=TILE, mode="bilinear"))
+    drawn = look(tiles, frame(pixels, centre, angle, flip))
     return canvas * (1 - drawn[:, 3:]) + drawn[:, :3]
+
+
+def light(images, brightness, warmth, contrast, slope):
+    """Pictures (B, 3, SIZE, SIZE) in [0, 1] in another light; all four (B,), 0 changes nothing.
+
+    brightness and contrast are logarithms of a factor, warmth moves red up and blue down, slope darkens one side.
+    """
+    tint = 1 + warmth[:, None] * images.new_tensor([1.0, 0.1, -1.0])  # (B, 3)
+    across = torch.linspace(-1, 1, SIZE)[None, None, None] * slope.view(-1, 1, 1, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = (images - mean) * contrast.exp().view(-1, 1, 1, 1) + mean
+    return images * tint[:, :, None, None] * (brightness.view(-1, 1, 1, 1) + across).exp()
 
 
 @dataclass
@@ -275,12 +309,13 @@ class Batch:
 class World:
     """Composes pictures from the sprites of one or more splits ("pretrain+extra").
 
-    p   probabilities of the grammar's optional parts
+    p        probabilities of the grammar's optional parts
+    freedom  0: geometry and light as the docstring's first sentence on them has it, 1: as its second; may be changed later
     """
     P = {"colour": .2, "spotted": .05, "size": .15, "beside": .1, "place": .92, "medium": .35,
          "tilt": .08, "flip": .12, "shift": .2}  # the last three are geometry that no caption names
 
-    def __init__(self, splits="pretrain", p=None):
+    def __init__(self, splits="pretrain", p=None, freedom=0.0):
         self.entries, tiles = load_sprites(splits.split("+"))
         self.sprites = tiles.float() / 255
         self.bank = backgrounds()
@@ -291,6 +326,9 @@ class World:
                         for n in range(len(self.nouns))]
         self.palette = torch.tensor(list(COLOURS.values()))
         self.p = {**self.P, **(p or {})}
+        self.freedom = freedom
+        seen = self.sprites[:, 3] > .5
+        self.box = torch.stack([seen.any(1).sum(1), seen.any(2).sum(1)], 1) / TILE  # (N, 2) width and height, the longer about 1
 
     def pick(self, nouns, flat, g):
         """A sprite of each noun in the wanted style (or the other where there is none)."""
@@ -326,6 +364,70 @@ class World:
         canvas = self.bank[place, torch.randint(VARIANTS, (n,), generator=g)].float() / 255
         return torch.where((torch.rand(n, generator=g) < .5)[:, None, None, None], canvas.flip(3), canvas)
 
+    def cropped_canvas(self, place, g):
+        """Empty places (B, 3, SIZE, SIZE) in [0, 1]: a crop of a random variant of each, half of them mirrored."""
+        n = len(place)
+        bank = backgrounds(2)[place, torch.randint(VARIANTS, (n,), generator=g)].float() / 255
+        zoom = 1 - .3 * self.freedom * torch.rand(n, generator=g)
+        shift = (1 - zoom) * (2 * torch.rand(n, generator=g) - 1)  # sideways: the horizon stays within the scene's own range
+        mirror = torch.where(torch.rand(n, generator=g) < .5, -1.0, 1.0)
+        zero = torch.zeros(n)
+        return look(bank, torch.stack([zoom * mirror, zero, shift, zero, zoom, zero], 1).view(n, 2, 3))
+
+    def extent(self, sprite, pixels, angle):
+        """Half width and half height in pixels (B, 2) that sprites take up when drawn."""
+        w, h = (self.box[sprite] * pixels[:, None] / 2).unbind(1)
+        c, s = angle.cos().abs(), angle.sin().abs()
+        return torch.stack([w * c + h * s, w * s + h * c], 1)
+
+    def compose_freely(self, place, sprite, subject, kind, rows, other, neighbour, g, mirror=True):
+        """Pictures (B, 3, SIZE, SIZE) in [0, 1] of subjects and, in some rows, neighbours, on their way to freedom 1.
+
+        subject, neighbour: what `paint` takes (rgba, pixels, centre, angle, flip), as it is at freedom 0; each number is drawn
+        at freedom 1 and mixed with the given one. kind (B,): row of RANGES; rows, other (K,): where neighbours stand, and which.
+        """
+        n, k, f = len(place), len(rows), self.freedom
+
+        def middle(*shape):  # in [-1, 1], more often near 0
+            return torch.rand(*shape, generator=g) + torch.rand(*shape, generator=g) - 1
+
+        def pose(given, kind):
+            rgba, pixels, centre, angle, flip = given
+            low, high = torch.tensor(list(RANGES.values()), dtype=torch.float)[kind].unbind(1)
+            free = low + (high - low) * torch.rand(len(kind), generator=g)
+            again = torch.rand(len(kind), generator=g) < f * mirror
+            flip = torch.where(again, torch.rand(len(kind), generator=g) < .5, flip)
+            return rgba, pixels, centre, angle, flip, free, .4 * middle(len(kind))
+
+        rgba, pixels, centre, angle, flip, size, tilt = pose(subject, kind)
+        half = self.extent(sprite, size, tilt)
+        room = (SIZE / 2 - half).abs()  # to the border, or to the subject's own edge where it is larger than the picture
+        out = torch.where(torch.rand(n, 1, generator=g) < .12, 1.0, 0.0) * .3 * half  # some are cut off by the border
+        spot = (2 * torch.rand(n, 2, generator=g) - 1 + torch.tensor([0.0, .2])).clamp(-1, 1) * (room + out)  # rather low than high
+        if k:
+            rgba2, pixels2, centre2, angle2, flip2, size2, tilt2 = pose(neighbour, kind[rows])
+            half2 = self.extent(other, size2, tilt2)
+            fit = ((SIZE - 3) / 2 / (half[rows, 0] + half2[:, 0])).clamp(max=1)
+            size = size.index_copy(0, rows, size[rows] * fit)
+            size2, h1, h2 = size2 * fit, half[rows] * fit[:, None], half2 * fit[:, None]
+            slack = SIZE - 3 - 2 * (h1 + h2)[:, 0]
+            gap, left = 1 + .5 * slack * torch.rand(k, generator=g), torch.rand(k, generator=g)
+            x1 = 1 + left * (slack + 1 - gap) + h1[:, 0] - SIZE / 2  # were it the left one
+            x2 = x1 + h1[:, 0] + gap + h2[:, 0]
+            side = centre[rows, 0].sign()  # -1: the subject stands left
+            floor = SIZE / 2 - 5 - 14 * torch.rand(k, generator=g)
+            y1, y2 = (torch.maximum(floor + 3 * middle(k) - h[:, 1], h[:, 1] + 1 - SIZE / 2) for h in (h1, h2))
+            spot = spot.index_copy(0, rows, torch.stack([-side * x1, y1], 1))
+            spot2 = torch.stack([-side * x2, y2], 1)
+        canvas = self.cropped_canvas(place, g)
+        shadow = f * torch.cat([middle(n, 1) * .12, .03 + .08 * torch.rand(n, 1, generator=g), .4 * torch.rand(n, 1, generator=g)], 1)
+        u = f * middle(4, n)
+        canvas = paint(canvas, rgba, pixels.lerp(size, f), centre.lerp(spot * 2 / SIZE, f), angle.lerp(tilt, f), flip, shadow)
+        if k:
+            drawn = paint(canvas[rows], rgba2, pixels2.lerp(size2, f), centre2.lerp(spot2 * 2 / SIZE, f), angle2.lerp(tilt2, f), flip2, shadow[rows])
+            canvas = canvas.index_copy(0, rows, drawn)
+        return light(canvas, .22 * u[0], .09 * u[1], .2 * u[2], .2 * u[3])
+
     def individuals(self, n, g, alike=False):
         """Two pictures each of n random individuals in different places, for instance discrimination.
 
@@ -342,8 +444,15 @@ class World:
             pixels = 24 + 36 * torch.rand(n, generator=g)
             centre = (torch.rand(n, 2, generator=g) * 1.5 - .75) * (1 - pixels / SIZE)[:, None]
             u = torch.rand(2, n, generator=g)
-            canvas = self.canvas(torch.randint(len(PLACES), (n,), generator=g), g)
-            views.append(paint(canvas, rgba, pixels, centre, u[0] * .5 - .25, u[1] < .5))
+            pose = pixels, centre, u[0] * .5 - .25, u[1] < .5
+            place = torch.randint(len(PLACES), (n,), generator=g)
+            if self.freedom:
+                v = self.freedom * (2 * torch.rand(4, n, generator=g) - 1)
+                shadow = self.freedom * torch.tensor([.04, .06, .2]).expand(n, 3)
+                canvas = paint(self.cropped_canvas(place, g), rgba, *pose, shadow)
+                views.append(light(canvas, .22 * v[0], .09 * v[1], .2 * v[2], .2 * v[3]))
+            else:
+                views.append(paint(self.canvas(place, g), rgba, *pose))
         return torch.stack(views).clamp(0, 1) * 2 - 1
 
     def sample(self, n, g, flat_share=.2):
@@ -378,19 +487,24 @@ class World:
         y = torch.where(two, 1.0, (uniform(-1.5, 1.5)).round() * room)
         centre = torch.stack([x, y], 1) * 2 * GRID / SIZE
 
-        def tilt():
-            return torch.where(chance(self.p["tilt"]), uniform(-.2, .2), 0)
+        def pose():  # tilt and mirror
+            return torch.where(chance(self.p["tilt"]), uniform(-.2, .2), 0), chance(self.p["flip"])
 
-        canvas = paint(canvas, self.dress(sprite, g, colour, spotted), pixels, centre, tilt(), chance(self.p["flip"]))
+        subject = self.dress(sprite, g, colour, spotted), pixels, centre, *pose()
         other_colour = torch.where(chance(self.p["colour"]), number(len(COLOURS)), -1)
-        rows = torch.where(two)[0]
+        rows, neighbour, other = torch.where(two)[0], None, sprite[:0]
         if len(rows):
             other = self.pick(beside[rows], flat[rows], g)
             rgba = self.dress(other, g, other_colour[rows])
-            spot = centre[rows] * torch.tensor([-1.0, 1.0])
-            canvas = canvas.index_copy(0, rows, paint(canvas[rows], rgba, pixels[rows], spot, tilt()[rows], chance(self.p["flip"])[rows]))
-
+            neighbour = rgba, pixels[rows], centre[rows] * torch.tensor([-1.0, 1.0]), *(v[rows] for v in pose())
         say_place = chance(self.p["place"])
+        if self.freedom:
+            images = self.compose_freely(place, sprite, subject, kind, rows, other, neighbour, g)
+        else:
+            images = paint(canvas, *subject)
+            if len(rows):
+                images = images.index_copy(0, rows, paint(images[rows], *neighbour))
+
         names = list(COLOURS)
         captions = []
         for i, (m, z, c, sp, b, oc, pl, say) in enumerate(zip(*(t.tolist() for t in (
@@ -400,7 +514,7 @@ class World:
             if b >= 0:
                 text += " next to " + article((names[oc] + " " if oc >= 0 else "") + self.nouns[b])
             captions.append(text + (" " + PLACES[pl] if say else ""))
-        return Batch(canvas.clamp(0, 1) * 2 - 1, captions, sprite, noun, place, colour, beside)
+        return Batch(images.clamp(0, 1) * 2 - 1, captions, sprite, noun, place, colour, beside)
 
 
 def article(phrase):
@@ -417,38 +531,61 @@ def words():
 PORTRAIT_PLACES = ["on the grass", "on a wooden floor", "in the city", "on a gray background", "on a purple background"]
 
 
-def portraits(name, n=5, seed=0):
-    """n reference pictures (n, 3, SIZE, SIZE) in [-1, 1] of one held-out individual, each in another place."""
-    world, g = World("held_out"), torch.Generator().manual_seed(seed)
+VIEWS = [  # at freedom 1: pixels, centre in pixels, tilt; brightness, warmth, contrast, slope as in `light`; shadow's darkness
+    (50, (2, 3), .06, .05, .03, .05, .10, .35), (38, (-9, 9), -.20, -.10, .08, .0, -.12, .25),
+    (58, (1, -1), .12, -.03, -.03, .05, .05, .30), (44, (8, 4), -.10, -.16, -.02, .0, .15, .40),
+    (32, (-6, 6), .24, .02, .05, .05, -.10, .20)]
+
+
+def portraits(name, n=5, seed=0, freedom=0.0):
+    """n reference pictures (n, 3, SIZE, SIZE) in [-1, 1] of one held-out individual, each in another place.
+
+    At freedom 0 they are one pose, at 1 they are what a person's photos are: sizes, places, tilts and lights of VIEWS.
+    Never mirrored: which eye has the patch is part of the individual.
+    """
+    world, g = World("held_out", freedom=freedom), torch.Generator().manual_seed(seed)
     sprite = torch.tensor([[e["name"] for e in world.entries].index(name)] * n)
     place = torch.tensor([PLACES.index(PORTRAIT_PLACES[i % len(PORTRAIT_PLACES)]) for i in range(n)])
     pixels = torch.full((n,), float(SIZES[""]))
-    centre = torch.zeros(n, 2)
+    centre, still, upright = torch.zeros(n, 2), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     rgba = world.dress(sprite, g, jitter=False)
-    flip = torch.zeros(n, dtype=torch.bool)
-    return paint(world.canvas(place, g), rgba, pixels, centre, torch.zeros(n), flip).clamp(0, 1) * 2 - 1
+    if not freedom:
+        return paint(world.canvas(place, g), rgba, pixels, centre, still, upright).clamp(0, 1) * 2 - 1
+    size, spot, tilt, *lights, dark = (torch.tensor([VIEWS[i % len(VIEWS)][j] for i in range(n)], dtype=torch.float) for j in range(8))
+    shadow = freedom * torch.stack([torch.full((n,), .05), torch.full((n,), .08), dark], 1)
+    pose = pixels.lerp(size, freedom), centre.lerp(spot * 2 / SIZE, freedom), freedom * tilt, upright
+    picture = paint(world.cropped_canvas(place, g), rgba, *pose, shadow)
+    return light(picture, *(freedom * v for v in lights)).clamp(0, 1) * 2 - 1
 
 
-def illustrate(name, templates, g):
+def illustrate(name, templates, g, freedom=0.0):
     """What templates such as "a red {} next to a ball at night" ask of one held-out individual, drawn by the world itself.
 
     Returns (len(templates), 3, SIZE, SIZE) in [-1, 1]; where no place is named, any.
     """
-    world = World("pretrain+held_out")
-    n, pixels, beside = len(templates), [], []
+    world = World("pretrain+held_out", freedom=freedom)
+    n, kind, beside = len(templates), [], []
     sprite = torch.tensor([[(e["name"], e["split"]) for e in world.entries].index((name, "held_out"))] * n)
     place, colour = torch.randint(len(PLACES), (n,), generator=g), torch.full((n,), -1)
     for i, t in enumerate(templates):
         place[i] = next((k for k, p in enumerate(PLACES) if t.endswith(p)), place[i])
         colour[i] = next((k for k, c in enumerate(COLOURS) if f"{c} {{}}" in t), -1)
         beside.append(next((k for k, w in enumerate(world.nouns) if re.search(f"next to an? {w}\\b", t)), -1))
-        pixels.append(SIZES["beside" if beside[i] >= 0 else next((k for k in ("small", "big", "close-up") if k in t), "")])
-    beside, pixels = torch.tensor(beside), torch.tensor(pixels, dtype=torch.float)
+        kind.append(list(SIZES).index("beside" if beside[i] >= 0 else next((k for k in ("small", "big", "close-up") if k in t), "")))
+    beside, kind = torch.tensor(beside), torch.tensor(kind)
+    pixels = torch.tensor(list(SIZES.values()), dtype=torch.float)[kind]
     two, still, upright = beside >= 0, torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     centre = torch.where(two[:, None], torch.tensor([2.0, 1.0]) * 2 * GRID / SIZE, 0)
     rgba = world.dress(sprite, g, colour, torch.tensor(["spotted" in t for t in templates]), jitter=False)
-    canvas = paint(world.canvas(place, g), rgba, pixels, centre, still, upright)
-    other = world.dress(world.pick(beside.clamp(min=0), upright, g), g)
+    canvas = world.canvas(place, g)
+    neighbour = world.pick(beside.clamp(min=0), upright, g)
+    other = world.dress(neighbour, g)
+    if freedom:
+        rows = torch.where(two)[0]
+        second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
+        subject = rgba, pixels, centre, still, upright
+        return world.compose_freely(place, sprite, subject, kind, rows, neighbour[rows], second, g, mirror=False).clamp(0, 1) * 2 - 1
+    canvas = paint(canvas, rgba, pixels, centre, still, upright)
     canvas = torch.where(two[:, None, None, None], paint(canvas, other, pixels, centre * torch.tensor([-1.0, 1.0]), still, upright), canvas)
     return canvas.clamp(0, 1) * 2 - 1
 
@@ -461,14 +598,15 @@ if __name__ == "__main__":
     from data.images import grid, save_png, to_pil
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--subject", help='write five reference pictures of a held-out individual, for example "dog face"')
+    p.add_argument("--freedom", type=float, default=0.0, help="0: upright on a grid, 1: free geometry and light")
     p.add_argument("--output", default=str(HERE / "work" / "world"), help="folder to write to")
     args = p.parse_args()
     if args.subject:
-        for i, picture in enumerate(to_pil(portraits(args.subject))):
+        for i, picture in enumerate(to_pil(portraits(args.subject, freedom=args.freedom))):
             save_png(picture, Path(args.output) / f"{i:02d}.png")
     else:
         torch.set_num_threads(1)
-        world, g = World(), torch.Generator().manual_seed(0)
+        world, g = World(freedom=args.freedom), torch.Generator().manual_seed(0)
         world.sample(64, g)
         start = time.perf_counter()
         for _ in range(20):
