@@ -19,9 +19,10 @@ import losses
 from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, unknown_words
 from data.disk import fail
 from data.images import Photos, are_photographs, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
+from data.many import share
 from data.progress import Progress
 from data.recipe import KEYS, RUN, check, make_parser, read_recipe
-from data.run import Run, save_run, share
+from data.run import Run, save_run
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, merge_low_rank, moves, precision, save_memory, trainable_parameters
 
@@ -123,7 +124,7 @@ def build(args, device, **loading):
         empty = pair.text([""])
     m = SimpleNamespace(
         device=device, pair=pair, encoders=encoders, heads=heads, moved=moved, rows=rows, empty=empty, echo=Echo(),
-        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts), world=base.prompts, impl=resolve(args.kernels, device)[0],
+        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts, impl=resolve(args.kernels, device)[0],
         photos=Photos(photos, masks, args.flip, args.size_augmentation), autocast=precision(device, args.mixed_precision),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
@@ -134,7 +135,7 @@ def build(args, device, **loading):
     m.optimizers = make_optimizers(m, args)
     m.state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, "echo": m.echo, **heads,
                **{f"optimizer.{k}": o for k, o in m.optimizers.items()}}
-    m.preview = [fill(m, p) for p in m.prompts["preview"] + (args.validation_prompt or [])]
+    m.preview = [fill(m, p) for p in m.prompts["preview"]]
     m.preview_noise = torch.randn(len(m.preview), *pair.latent_shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     return m
 
@@ -370,13 +371,13 @@ def listen(m, args, path):
 
 
 @torch.no_grad()
-def preview(m, args):
-    """A grid (PIL) of photos and of what teacher and student draw for the preview prompts."""
+def preview(m, args, path):
+    """A grid of photos and of what teacher and student draw for the preview prompts."""
     pair, context = m.pair, m.pair.text(m.preview)
     rows = [("photos", m.photos.photos[:min(m.photos.count, len(m.preview))]),
             ("teacher", pair.decode(pair.teacher.sample(m.preview_noise, context, 16, m.empty, args.guidance_scale))),
             ("student", pair.decode(pair.student.sample(m.preview_noise, pair.student_text(m.preview), 1)))]
-    return grid(rows)
+    save_png(grid(rows), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -417,12 +418,12 @@ def train(argv=None):
             listen(m, args, run.out / "echo.png")
         progress.after(step, *iteration(m, args, turn, step))
         if args.preview_steps and (step + 1) % args.preview_steps == 0:
-            progress.show(preview(m, args), run.out / "previews" / f"{step + 1:05d}.png", step + 1)
+            preview(m, args, run.out / "previews" / f"{step + 1:05d}.png")
 
     if args.train_unet == "lora":
         before = {"teacher": merge_low_rank(m.pair.teacher.unet), "student": merge_low_rank(m.pair.student.unet)}
-    progress.show(preview(m, args), run.out / "preview.png", len(turns))
     progress.finish()
+    preview(m, args, run.out / "preview.png")
     save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")

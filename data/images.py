@@ -128,9 +128,10 @@ class Photos:
         return word
 
 
-def load_prompts(base):
-    """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject."""
-    return json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+def load_prompts(base, more=None):
+    """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject. more: of one's own, for previews."""
+    prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+    return prompts | {"preview": prompts["preview"] + (more or [])}
 
 
 def to_pil(images):

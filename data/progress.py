@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data.disk import fail, save_json
@@ -25,7 +26,7 @@ class Progress:
         self.watched = []  # losses and gradients not yet looked at
         self.duels, self.first_pull, self.won = [], {}, set()  # critics against the student
         self.started, self.seen = time.time(), 0
-        self.writer = None
+        self.writer, self.shown = None, set()  # of tensorboard, and the previews that it has
 
     def bar(self, steps):
         if self.args.report_to == "tensorboard":
@@ -54,8 +55,8 @@ class Progress:
             self.history.append({"step": step + 1, **means})
             self.line.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()))
             self.look_at_critics(step + 1)
-            for k, v in means.items() if self.writer else ():
-                self.writer.add_scalar(k, v, step + 1)
+            if self.writer:
+                self.report(step + 1, means)
             self.sums, self.duels = {}, []
 
     def say_how_long(self, number):
@@ -70,11 +71,14 @@ class Progress:
             print(f"\nabout {pace * (self.total - number) / 60:.1f} minutes to go, {pace:.2g} s an iteration; Ctrl-C keeps what was learned. "
                   f"{self.out} gets {', '.join([*every, 'at the end weights, samples/, preview.png, losses.png'])}")
 
-    def show(self, image, path, number):
-        """Keep a preview, a PIL image."""
-        save_png(image, path)
-        if self.writer:
-            self.writer.add_image("preview", np.asarray(image), number, dataformats="HWC")
+    def report(self, number, means):
+        """The losses of a log row, and the previews drawn since the last one, for tensorboard."""
+        for k, v in means.items():
+            self.writer.add_scalar(k, v, number)
+        for path in sorted((self.out / "previews").glob("*.png")):
+            if path not in self.shown:
+                self.shown.add(path)
+                self.writer.add_image("preview", np.asarray(Image.open(path)), int(path.stem), dataformats="HWC")
 
     def stop_if_not_finite(self):
         """Every loss and gradient since the last call, in the order in which they came."""
@@ -102,6 +106,7 @@ class Progress:
         save_json(self.out / "log.json", self.history)
         save_png(curves(self.history), self.out / "losses.png")
         if self.writer:
+            self.report(self.total, {})
             self.writer.close()
 
     def state_dict(self):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from data.base import find_base
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
 from data.images import grid, save_png, to_pil
-from data.recipe import BASES, KEYS, Parser, read_toml
+from data.recipe import BASES, KEYS, read_toml
 from model import draw, to_lora
 
 FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-2"
@@ -264,7 +264,7 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
 def changed_settings(flags, base):
     """Flags of a run whose values are not those of its base's recipe, as a sentence of a card."""
     usual = read_toml(base.recipe)["recipe"]
-    rows = [f"`{k}` {flags[k]} ({usual[k]})" for k in KEYS if k in flags and flags[k] != usual[k]]
+    rows = [f"`{k}` {flags[k]} ({usual[k]})" for k in KEYS if k in flags and usual[k] not in (flags[k], "auto")]
     return f"{', '.join(rows)}; in brackets the base's recipe, which holds the rest" if rows else "all as in the base's recipe"
 
 
@@ -376,41 +376,3 @@ def load_run(folder, pair):
         pair.unshare_text()
         pair.student_text.row.copy_(rows[1])
     return before
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Many runs, over one or several processes
-
-def share(argv=None):
-    """[(concept, command line)] of this process's runs: all that --concept names, or under torchrun every WORLD_SIZE-th of them.
-
-    A concept that stands alone keeps its command line. Of several, finished runs are passed over and unfinished ones resumed,
-    so that the same command goes on after any stop; each run goes to a folder of its own in --output_dir.
-    """
-    argv = list(map(str, sys.argv[1:] if argv is None else argv))
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    p.add_argument("--concept", nargs="+", action="extend", default=[])
-    for flag in ("output_dir", "resume_from_checkpoint", "device"):
-        p.add_argument(f"--{flag}")
-    args, rest = p.parse_known_args(argv)
-    if len(args.concept) < 2 and world == 1:
-        return [(None, argv)]
-    folders = [c for c in args.concept if os.path.isdir(c)]
-    outs = [Path(args.output_dir or "out", Path(c).resolve().name) for c in folders]
-    if len(set(outs)) < len(outs):
-        twice = next(o for o in outs if outs.count(o) > 1)
-        fail(f"two folders of --concept are called {twice.name}, so both runs would go to {twice}; rename one")
-    if rank == 0 and len(folders) < len(args.concept):
-        print(f"note: passed over, for they are no folders: {', '.join(c for c in args.concept if c not in folders)}")
-    device = args.device
-    if device is None and world > 1 and torch.cuda.device_count() > 1:
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-    runs = []
-    for concept, out in list(zip(folders, outs))[rank::world]:
-        if (out / "config.json").is_file():
-            print(f"{out} is finished and passed over; remove it to train {concept} again")
-            continue
-        go_on = ["--resume_from_checkpoint", "latest"] if checkpoints(out) else []
-        runs.append((concept, ["--concept", concept, "--output_dir", str(out), *(["--device", device] if device else []), *go_on, *rest]))
-    return runs
