@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import losses
 from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, unknown_words
 from data.disk import fail
-from data.images import Photos, are_photographs, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, save_strip
+from data.images import Photos, grid, load_photo, load_photos, load_prompts, photo_paths, photo_sizes, save_png, save_strip
 from data.many import share
 from data.progress import Progress
 from data.recipe import KEYS, RUN, check, make_parser, read_recipe
@@ -390,7 +390,11 @@ def announce(m, args, why, turns):
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
     for word in unknown_words(m.pair.text.tokenizer, args.class_word):
         print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
-    if m.world == "emoji" and are_photographs(args.concept):
+    sizes = photo_sizes(args.concept)
+    for path, size in sizes.items() if args.crop == "centre" else ():
+        if max(size) > 2 * min(size):
+            print(f"note: of {path}, {size[0]} x {size[1]} pixels, only the middle square is seen; --crop pad keeps the whole")
+    if m.world == "emoji" and max(map(max, sizes.values())) > 256:  # no picture that was drawn for a small world is so large
         print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
               "for pictures like them take --base sd-turbo, on a GPU")
     print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
@@ -427,7 +431,7 @@ def train(argv=None):
     save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")
-    print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach"')
+    print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach", or while you type: --live')
     run.finish()
 
 

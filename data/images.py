@@ -68,13 +68,13 @@ def load_photo(path, size, crop="centre"):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, mask
 
 
-def are_photographs(folder):
-    """Whether a concept's pictures are most likely photographs: they are larger than any drawn for a small world."""
-    sizes = []
+def photo_sizes(folder):
+    """{path: (width, height)} of a concept's photos as they lie there."""
+    sizes = {}
     for path in photo_paths(folder):
         with Image.open(path) as image:
-            sizes.append(max(image.size))
-    return max(sizes) > 256
+            sizes[path] = image.size
+    return sizes
 
 
 def load_photos(folder, size, crop="centre", masks=False):

@@ -52,13 +52,21 @@ def page(gr, args, runs):
     from sample import remarks
     device, _ = pick_device(args.device)
 
-    @functools.lru_cache(4)  # runs kept in memory
-    def pair_of(name, taught):
+    @functools.lru_cache(4)  # pairs kept in memory; changed: when the run was written, for it may be trained again meanwhile
+    def load(name, taught, changed):
         folder, flags = runs[name]
         pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags | {"tiny_vae": args.tiny_vae})
         if taught and folder:
             load_run(folder, pair)
         return pair
+
+    def pair_of(name, taught):
+        return load(name, taught, (runs[name][0] / "config.json").stat().st_mtime if taught and runs[name][0] else 0)
+
+    def look_again():
+        """The runs that have come since: a page that is loaded anew offers them."""
+        runs.update(known_runs(args))
+        return gr.Dropdown(list(runs))
 
     def subject(name):
         folder, flags = runs[name]
@@ -102,6 +110,7 @@ def page(gr, args, runs):
         with gr.Row():
             galleries = [gr.Gallery(label=who, columns=2, format="png", object_fit="contain", visible=who == "student", elem_id=who.replace(" ", "-"),
                                     buttons=["download", "fullscreen"]) for who in PAINTERS]
+        blocks.load(look_again, None, run, show_progress="hidden", api_visibility="private")
         run.change(rename, [run, prompt], prompt, show_progress="hidden", api_visibility="private")
         gr.on([blocks.load, *(c.change for c in (run, prompt, seed, count, steps, beside))], follow, [run, prompt, seed, count, steps, beside],
               [note, *galleries], trigger_mode="always_last", concurrency_limit=1, show_progress="hidden", api_visibility="private")

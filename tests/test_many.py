@@ -16,7 +16,7 @@ from PIL import Image
 
 import train as train_script
 from conftest import ROOT, exit_of, train
-from data.images import are_photographs, photo_paths
+from data.images import photo_paths
 from data.many import share
 from data.recipe import read_toml
 
@@ -150,13 +150,12 @@ def test_a_runs_card_holds_photos_settings_and_licence(concept):
 @pytest.mark.parametrize("large", [False, True])
 def test_of_photographs_the_emoji_base_says_once_what_it_can_do(large, concept, monkeypatch, capsys):
     if large:
-        Image.new("RGB", (640, 480)).save("dog/large.jpg")
-    assert are_photographs("dog") == large
+        Image.new("RGB", (1640, 480)).save("dog/large.jpg")
     monkeypatch.setattr(train_script, "Progress", lambda *a: sys.exit(0))  # far enough
     with pytest.raises(SystemExit):
         train_script.main(["--concept", "dog", "--class_word", "robot"])
     said = capsys.readouterr().out
-    assert said.count("--base sd-turbo") == large and said.count("the emoji base does not know 'robot'") == 1
+    assert said.count("--base sd-turbo") == said.count("dog/large.jpg, 1640 x 480 pixels, only the middle") == large and said.count("the emoji base does not know 'robot'") == 1
 
 
 def test_a_heic_photo_is_read_where_pillow_heif_is_there(concept, monkeypatch):
