@@ -48,7 +48,8 @@ def latent_per_sample(a, b):
 def srgb_to_lab(x):
     """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65, divided by 100 so that L is in [0, 1].
 
-    The division is ours: on the usual scale (L to 100) the same distance takes a hundredth of the weight.
+    The division is ours: on the usual scale (L to 100) the same distance takes a hundredth of the weight, and its projections
+    would leave the kernel's cells. Values outside of [0, 1] follow the same formulas, in straight lines below 0.
     """
     linear = torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
     to_xyz = x.new_tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]])
@@ -57,6 +58,22 @@ def srgb_to_lab(x):
     d = 6 / 29
     f = torch.where(xyz > d ** 3, xyz.clamp(min=d ** 3) ** (1 / 3), xyz / (3 * d * d) + 4 / 29)
     return torch.stack([1.16 * f[:, 1] - .16, 5 * (f[:, 0] - f[:, 1]), 2 * (f[:, 1] - f[:, 2])], 1)
+
+
+class IntoGamut(torch.autograd.Function):
+    """x clamped to [0, 1]. The gradient passes inside, and outside wherever it leads back: a clamp's own would let a pixel that
+    has gone beyond white or black stay there for ever."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        outwards = (x < 0) & (grad > 0) | (x > 1) & (grad < 0)  # a step goes against the gradient
+        return torch.where(outwards, 0, grad)
 
 
 def random_projections(count, generator, size=11):
@@ -72,14 +89,15 @@ def downsample(x):
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
-def sliced_wasserstein_per_sample(x, y, projections, levels=5, positions=0, generator=None, impl=None):
+def sliced_wasserstein_per_sample(x, y, projections, levels=5, positions=0, generator=None, impl=None, raw=False):
     """Multi-scale sliced Wasserstein distance of images in [-1, 1] (He et al., ECCV 2024, arXiv 2407.10181).
 
     On each level of a Gaussian pyramid in CIELAB: the distance between all patches of the two, sliced by random filters. A level
     with more patches than `positions` (0: no limit) takes those of a square lattice of about so many, placed at random. Levels
-    smaller than a filter are left out, so a 64-px image has three.
+    smaller than a filter are left out, so a 64-px image has three. raw: take [-1, 1] for [0, 1], as the release did; unclamped, or
+    nothing below mid-grey would be seen.
     """
-    x, y = (srgb_to_lab(((i + 1) / 2).clamp(0, 1)) for i in (x, y))
+    x, y = (srgb_to_lab(i if raw else IntoGamut.apply((i + 1) / 2)) for i in (x, y))
     distances = []
     for _ in range(levels):
         rows, columns = (side - projections.shape[-1] + 1 for side in x.shape[-2:])
@@ -113,9 +131,8 @@ def alignment(student, target, weights, generator=None, impl=None):
         total = total + weights.latent_weight * latent_per_sample(student.z, target.z)
     if weights.swd_weight:
         filters = random_projections(weights.swd_projections, generator).to(total.device)
-        images = (2 * x - 1 if weights.raw_images else x for x in (student.x, target.x))  # the release took [-1, 1] for [0, 1]
         total = total + weights.swd_weight * sliced_wasserstein_per_sample(
-            *images, filters, positions=weights.swd_positions, generator=generator, impl=impl)
+            student.x, target.x, filters, positions=weights.swd_positions, generator=generator, impl=impl, raw=weights.raw_images)
     if weights.lpips_weight:
         total = total + weights.lpips_weight * lpips_per_sample(student.layers, target.layers, impl)
     return total

@@ -165,12 +165,18 @@ class Pair:
     def latent_shape(self):
         return (self.student or self.teacher).unet.config.in_channels, self.resolution // self.factor, self.resolution // self.factor
 
-    def encode(self, x):
-        """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution."""
+    def encode(self, x, spread=False):
+        """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution.
+
+        spread: also the standard deviation of each number; 0 where it gives none.
+        """
         with as_stored(self.vae):
             out = self.vae.encode(x)
         z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
-        return z.float() * self.vae.config.scaling_factor
+        scaled = z.float() * self.vae.config.scaling_factor
+        if not spread:
+            return scaled
+        return scaled, out.latent_dist.std.float() * self.vae.config.scaling_factor if hasattr(out, "latent_dist") else torch.zeros_like(scaled)
 
     def decode(self, z, tiny=False):
         """Diffusion latents to images in about [-1, 1], by the tiny decoder if asked for and loaded; gradients pass."""
@@ -239,6 +245,14 @@ def draw(pair, prompt, seeds, teacher=False, steps=None, guidance=1.0, tiny=Fals
 def moves(name, which):
     """Whether training `which` weights ("kv", "attention", "lora" or "all") changes the UNet weight of this name."""
     return {"kv": ".attn2.to_k." in name or ".attn2.to_v." in name, "all": True}.get(which, ".attn1." in name or ".attn2." in name)
+
+
+def hold_first_token(unet):
+    """No gradient through cross-attention's keys and values of the first token, which begins every prompt (Custom Diffusion,
+    Kumari et al. 2023): what the concept learns must not lean on it."""
+    for name, module in unet.named_modules():
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            module.register_forward_hook(lambda module, inputs, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1))
 
 
 class LowRank(nn.Module):

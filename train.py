@@ -9,6 +9,7 @@ import shlex
 import time
 from collections import namedtuple
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +17,17 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, unknown_words
+from data.base import (announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe,
+                       unknown_words)
 from data.disk import fail
-from data.images import Photos, grid, load_photo, load_photos, load_prompts, photo_paths, photo_sizes, save_png, save_strip
+from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, photo_sizes, save_png, save_strip,
+                         to_bytes)
 from data.many import share
 from data.progress import Progress
-from data.recipe import KEYS, RUN, check, make_parser, read_recipe
+from data.recipe import KEYS, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
-from model import Critic, View, compile_networks, merge_low_rank, moves, precision, save_memory, trainable_parameters
+from model import Critic, View, compile_networks, hold_first_token, merge_low_rank, moves, precision, save_memory, trainable_parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -75,29 +78,32 @@ def refuse_contradictions(args):
 # ---------------------------------------------------------------------------------------------------------------
 # Set-up: who trains when, and all that an iteration needs
 
-Turn = namedtuple("Turn", "who stage rate")  # "both", "teacher" or "student"; "joint" or "echo"; share of the learning rate
+# "both", "teacher" or "student"; "joint" or "echo"; share of the learning rate; which echo, from 1
+Turn = namedtuple("Turn", "who stage rate round", defaults=[0])
 
 
 def plan(args):
     """[Turn] of every iteration. Each stage lets its rates fall at the end; the last one falls all the way, for none follows."""
     joint, echo, decay = args.max_train_steps, args.echo_steps, args.lr_decay
-    stages = ([("teacher", "joint", joint, decay), ("student", "joint", joint, decay)] if args.sequential else
-              [("both", "joint", joint, decay), ("teacher", "echo", echo, decay), ("student", "echo", echo, 1.)])
-    return [Turn(who, stage, min(1, (length - i) / max(1, share * length)))
-            for who, stage, length, share in stages for i in range(length)]
+    rounds = [(who, "echo", echo, share, r + 1) for r in range(args.echo_rounds) for who, share in (("teacher", decay), ("student", 1.))]
+    stages = ([("teacher", "joint", joint, decay, 0), ("student", "joint", joint, decay, 0)] if args.sequential else
+              [("both", "joint", joint, decay, 0), *rounds])
+    return [Turn(who, stage, min(1, (length - i) / max(1, share * length)), r)
+            for who, stage, length, share, r in stages for i in range(length)]
 
 
 class Echo:
-    """The student's samples that the teacher hears: images (N, 3, H, W) in [-1, 1], their prompts and latents; empty until gathered."""
+    """The student's samples that the teacher hears: images (N, 3, H, W) uint8, their prompts, and what the frozen networks say of
+    them ("z", and features for critics); empty until gathered, anew in each round."""
 
     def __init__(self):
-        self.images, self.prompts, self.z = None, [], None
+        self.images, self.prompts, self.round, self.known = None, [], 0, {}
 
     def state_dict(self):
-        return {} if self.images is None else {"images": self.images, "prompts": self.prompts}
+        return {} if self.images is None else {"images": self.images, "prompts": self.prompts, "round": self.round}
 
     def load_state_dict(self, state):
-        self.images, self.prompts = state.get("images"), state.get("prompts", [])
+        self.images, self.prompts, self.round = state.get("images"), state.get("prompts", []), state.get("round", 0)
 
 
 def build(args, device, **loading):
@@ -113,6 +119,8 @@ def build(args, device, **loading):
     torch.manual_seed(args.seed)
     heads = {k: Critic(e.width).to(device) for k, e in encoders.items() if e.has_critic}
     moved = {k: trainable_parameters(d.unet, args.train_unet, args.lora_rank) for k, d in (("teacher", pair.teacher), ("student", pair.student))}
+    for network in (pair.teacher.unet, pair.student.unet) if args.detach_first_token else ():
+        hold_first_token(network)
     for role, lr in (("teacher", args.teacher_lr), ("student", args.student_lr)):
         for p in moved[role].values():
             p.requires_grad_(lr > 0)
@@ -124,14 +132,17 @@ def build(args, device, **loading):
         empty = pair.text([""])
     m = SimpleNamespace(
         device=device, pair=pair, encoders=encoders, heads=heads, moved=moved, rows=rows, empty=empty, echo=Echo(),
-        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts, impl=resolve(args.kernels, device)[0],
-        photos=Photos(photos, masks, args.flip, args.size_augmentation), autocast=precision(device, args.mixed_precision),
+        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts,
+        impl=resolve(args.kernels, device)[0], autocast=precision(device, args.mixed_precision),
+        photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
         aligns=args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0,
         competes=args.adversarial_weight + args.scene_adversarial_weight > 0)
     m.draws = (args.student_lr > 0 or not args.detach_prompt) and (m.aligns or m.competes)
-    m.known = None if args.size_augmentation else study(m, m.photos.photos)  # that makes new photos for ever
+    m.critics_look = list(heads) if args.critic_views else []  # at windows of the photos, not at the photos of a batch
+    m.known = None if args.size_augmentation else study(m, m.photos.photos, [k for k in heads if k not in m.critics_look])
+    m.views = study_windows(m, args) if m.critics_look else None
     m.optimizers = make_optimizers(m, args)
     m.state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, "echo": m.echo, **heads,
                **{f"optimizer.{k}": o for k, o in m.optimizers.items()}}
@@ -156,16 +167,23 @@ def make_optimizers(m, args):
 
 
 @torch.no_grad()
-def study(m, images):
-    """What the frozen networks say of photos (N, 3, H, W): latents "z", and features for each critic."""
+def study(m, images, critics):
+    """What the frozen networks say of images (N, 3, H, W): latents "z", their "spread", and features for each of `critics`."""
     parts = []
     for x in images.to(m.device).split(8):
         with m.autocast():
-            z = m.pair.encode(x)
+            z, spread = m.pair.encode(x, spread=True)
         # with a tiny decoder photos go through it too, or critics could tell them by their decoder
         view = View(z, m.pair, m.encoders, m.autocast, None if m.pair.tiny_vae else x)
-        parts.append({"z": z} | {k: view.features(k) for k in m.heads})
+        parts.append({"z": z, "spread": spread} | {k: view.features(k) for k in critics})
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+
+def study_windows(m, args):
+    """{critic: features (photos, critic_views, width)} of random windows of each photo: more than a head can learn by heart."""
+    g = torch.Generator().manual_seed(args.seed + 2)
+    parts = [study(m, m.photos.zooms(i, args.critic_views, g), m.heads) for i in range(len(m.photos.photos))]
+    return {k: torch.stack([part[k] for part in parts]) for k in m.heads}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,30 +203,51 @@ def timesteps(m, n, g, share=0.):
     return (last - ((last - torch.randint(last + 1, (n,), generator=g)) * (1 - share)).long()).to(m.device)
 
 
-def real_batch(m, args, n, g):
+def apart(args, step, number):
+    """A generator beside the step's own, so that what it draws leaves photos and noise as they are without it."""
+    return torch.Generator().manual_seed(args.seed * 1_000_003 + step + number * 500_009)
+
+
+def real_batch(m, args, n, g, step):
     """n photos: latents z (n, C, h, w), mask (n, 1, h, w), prompts, and the features that each critic sees."""
     x, mask, said, which = m.photos.batch(n, g)
     prompts = [fill(m, t, w) for t, w in zip(choose(m.prompts["templates"], n, g), said)]
-    features = study(m, x) if m.known is None else {k: v[which] for k, v in m.known.items()}
-    return SimpleNamespace(z=features["z"], mask=F.interpolate(mask, size=m.pair.latent_shape[1:], mode="area").to(m.device),
-                           prompts=prompts, features=features)
+    known = study(m, x, [k for k in m.heads if k not in m.critics_look]) if m.known is None else {k: v[which] for k, v in m.known.items()}
+    if m.critics_look:
+        pick = torch.randint(args.critic_views, (n,), generator=apart(args, step, 2))
+        known |= {k: v[which, pick] for k, v in m.views.items()}
+    z = known["z"] + known["spread"] * torch.randn(n, *m.pair.latent_shape, generator=g).to(m.device) if args.sample_latents else known["z"]
+    mask = F.interpolate(mask, size=m.pair.latent_shape[1:], mode="area").to(m.device)
+    if args.mask_erosion:
+        mask = -F.max_pool2d(-mask, 2 * args.mask_erosion + 1, 1, args.mask_erosion)  # the picture's own border narrows nothing
+    return SimpleNamespace(z=z, mask=mask, prompts=prompts, features=known)
 
 
-def echo_batch(m, args, n, step):
-    """Echoes beside n photos: latents, noise, timesteps and prompts; drawn apart, so that the control draws the same photos."""
-    g = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_009)
-    pick = torch.randint(len(m.echo.z), (max(1, round(args.echo_share * n)),), generator=g)
+def with_echo(m, args, photos, step):
+    """(photos' latents, noise, timesteps and prompts with echoes behind them or in place of the last of them, photos left)."""
+    n, g = len(photos[0]), apart(args, step, 1)
+    pick = torch.randint(len(m.echo.prompts), (max(1, round(args.echo_share * n)),), generator=g)
     t = timesteps(m, len(pick), g, args.echo_noise)  # layout, not detail
     eps = torch.randn(len(pick), *m.pair.latent_shape, generator=g).to(m.device)
-    return m.echo.z[pick], eps, t, [m.echo.prompts[i] for i in pick.tolist()]
+    left = n - len(pick) if args.echo_replaces else n
+    echoes = m.echo.known["z"][pick], eps, t, [m.echo.prompts[i] for i in pick.tolist()]
+    return [a[:left] + b if isinstance(a, list) else torch.cat([a[:left], b]) for a, b in zip(photos, echoes)], left
 
 
-def student_prompts(m, args, n, g):
-    """n prompts, and which of them (n,) are scenes that no photo shows."""
+def passed_off_as_real(m, args, features, step):
+    """The photos' features {critic: (n, width)} with those of echoes in place of the last of them."""
+    n = len(next(iter(features.values())))
+    pick = torch.randint(len(m.echo.prompts), (max(1, round(args.echo_share * n)),), generator=apart(args, step, 3))
+    return {k: torch.cat([features[k][:n - len(pick)], m.echo.known[k][pick]]) for k in m.heads}
+
+
+def student_prompts(m, args, n, g, photos):
+    """n prompts, and which of them (n,) are scenes that no photo shows; photos: prompts of the batch."""
     scene = torch.rand(n, generator=g) < args.scene_prompts
     templates = m.prompts["templates"] + (m.prompts["sized"] if args.size_augmentation else [])  # sizes that photos show
-    both = zip(choose(m.prompts["scenes"], n, g), choose(templates, n, g), scene.tolist())
-    return [fill(m, s if yes else t) for s, t, yes in both], scene
+    scenes = choose(m.prompts["scenes"], n, g)
+    plain = photos if args.own_prompts else choose(templates, n, g)
+    return [fill(m, s if yes else t) for s, t, yes in zip(scenes, plain, scene.tolist())], scene
 
 
 def set_rates(m, args, turn):
@@ -244,25 +283,28 @@ def iteration(m, args, turn, step):
     terms, norms, duel = {}, {}, {}
     set_rates(m, args, turn)
     g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step depends on nothing but the seed
-    photos = real_batch(m, args, n, g)
+    photos = real_batch(m, args, n, g, step)
+    echoes = turn.stage == "echo" and not args.echo_real_only
     t = timesteps(m, n, g)
     eps = torch.randn(n, *pair.latent_shape, generator=g).to(m.device)  # used three times
 
-    # ---- 1. teacher: reconstruct photos, and echoes on top of them; moves its UNet and the token
+    # ---- 1. teacher: reconstruct photos, and echoes beside or instead of them; moves its UNet and the token
     if m.teaches and turn.who != "student":
-        hears = turn.stage == "echo" and not args.echo_real_only
-        seen = photos.z, eps, t, photos.prompts
-        if hears:
-            seen = [a + b if isinstance(a, list) else torch.cat([a, b]) for a, b in zip(seen, echo_batch(m, args, n, step))]
+        seen, left = (photos.z, eps, t, photos.prompts), n
+        if echoes:
+            seen, left = with_echo(m, args, seen, step)
         z, noise, level, prompts = seen
         with m.autocast():
             out = pair.teacher(pair.teacher.add_noise(z, noise, level), level, pair.text(prompts))
         target = pair.teacher.target(z, noise, level)
-        terms["reconstruction"] = losses.reconstruction(out[:n], target[:n], photos.mask)
-        loss = args.reconstruction_weight * terms["reconstruction"]
-        if hears:
-            terms["echo"] = losses.reconstruction(out[n:], target[n:])
-            loss = loss + args.echo_weight * terms["echo"]
+        real, echoed = (left / n, 1 - left / n) if left < n else (1, 1)  # of a batch that both share, each counts by its number
+        loss = 0
+        if left:
+            terms["reconstruction"] = losses.reconstruction(out[:left], target[:left], photos.mask[:left])
+            loss = args.reconstruction_weight * real * terms["reconstruction"]
+        if echoes:
+            terms["echo"] = losses.reconstruction(out[left:], target[left:])
+            loss = loss + args.echo_weight * echoed * terms["echo"]
         (m.scale * loss).backward()
         norms["teacher's gradient"] = clip(m.moved["teacher"].values(), args.max_grad_norm, m.scale)
         # not in the echo stage: what the teacher learns from the student would push the student further the same way
@@ -275,7 +317,7 @@ def iteration(m, args, turn, step):
 
     if m.draws and turn.who != "teacher":
         # ---- 2. student: one step from pure noise
-        prompts, scene = student_prompts(m, args, n, g)
+        prompts, scene = student_prompts(m, args, n, g, photos.prompts)
         with torch.no_grad():
             context = pair.text(prompts)
         own_context = context if args.detach_prompt and args.share_text else pair.student_text(prompts)
@@ -298,14 +340,16 @@ def iteration(m, args, turn, step):
     m.optimizers["student"].step()
     m.optimizers["token"].step()  # holds the teacher's gradient, and with --no-detach_prompt the student's too
 
-    # ---- 5. critics: photos against the same student features
+    # ---- 5. critics: photos, and echoes that pass for photos, against the same student features
     if "adversarial" in terms:
+        real = passed_off_as_real(m, args, photos.features, step) if echoes and args.echo_is_real else photos.features
         judged = (realism > 0).float()  # a scene that no photo shows would give the student away
-        logits = {k: (h(photos.features[k]), h(student.features(k).detach())) for k, h in heads.items()}
+        logits = {k: (h(real[k]), h(student.features(k).detach())) for k, h in heads.items()}
         terms["critic"] = sum(losses.critic(*v, judged) for v in logits.values()) / len(heads)
         m.optimizers["critic"].zero_grad()  # of what the student's loss left there
         (m.scale * terms["critic"]).backward()
-        norms["critics' gradient"] = clip([p for h in heads.values() for p in h.parameters()], args.max_grad_norm, m.scale)
+        norms["critics' gradient"] = clip([p for h in heads.values() for p in h.parameters()],
+                                           args.max_grad_norm if args.clip_critics else float("inf"), m.scale)
         m.optimizers["critic"].step()
         duel = {k: (pull[k], losses.critic_accuracy(*v, judged)) for k, v in logits.items()} if comparable else {}
     return terms, norms, duel
@@ -333,41 +377,44 @@ def adversarial_loss(heads, student, realism):
 
 
 @torch.no_grad()
-def gather_echo(m, args, path):
+def gather_echo(m, args, path, turn):
     """The student draws what the photos' own prompts ask; samples most like the photos, faithful and distinct, are kept.
 
     Writes a sheet of them to `path`; each row begins with its first one's likeness to the photos.
     """
-    pair, encoders, judges = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
-    g, templates = torch.Generator().manual_seed(args.seed + 1), m.prompts["templates"]
+    pair, encoders, eyes = m.pair, m.encoders, ("identity", "clip")  # two encoders are harder to please than one
+    g, templates = torch.Generator().manual_seed(args.seed + 1 + (turn.round - 1) * 500_009), m.prompts["templates"]
+    m.echo.round = turn.round
     number = torch.randint(len(templates), (args.echo_samples,), generator=g)
     prompts = [fill(m, templates[i]) for i in number.tolist()]
     photos = m.photos.photos[:m.photos.count].to(m.device)
-    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in judges}
-    images, seen = [], {k: [] for k in judges}
+    photo = {k: encoders[k].embed(encoders[k].features(photos)) for k in eyes}
+    images, seen = [], {k: [] for k in eyes}
     some = max(1, min(32, 2 ** 21 // pair.resolution ** 2))  # two million pixels at once; the rest waits in memory
     for part in (prompts[i:i + some] for i in range(0, len(prompts), some)):
         noise = torch.randn(len(part), *pair.latent_shape, generator=g).to(m.device)
-        x = pair.decode(pair.student.one_step(noise, pair.student_text(part))).clamp(-1, 1)
-        for k in judges:
+        pixels = to_bytes(pair.decode(pair.student.one_step(noise, pair.student_text(part))))  # what a picture file would hold
+        x = from_bytes(pixels)
+        for k in eyes:
             seen[k].append(encoders[k].embed(encoders[k].features(x)))
-        images.append(x.cpu())
+        images.append(pixels.cpu())
     images, seen, number = torch.cat(images), {k: torch.cat(v) for k, v in seen.items()}, number.to(m.device)
     asked = encoders["clip"].embed_text(pair.text.tokenizer, [t.replace("{}", args.class_word) for t in templates])[number]
     likeness, identity, fidelity = losses.score_echo(seen, photo, asked, number)
     keep = losses.select_echo(identity, fidelity, seen["clip"], max(1, round(args.echo_keep * len(prompts))), args.echo_floor)
-    save_png(grid([(f"{likeness[keep[8 * i]]:.2f}", row) for i, row in enumerate(images[keep][:64].split(8))]), path)
+    save_png(grid([(f"{likeness[keep[8 * i]]:.2f}", row) for i, row in enumerate(from_bytes(images[keep][:64]).split(8))]), path)
     print(f"\necho: {len(keep)} of {len(prompts)} samples kept, likeness {likeness.mean():.3f} -> {likeness[keep].mean():.3f}")
     m.echo.images, m.echo.prompts = images[keep], [prompts[i] for i in keep.tolist()]
 
 
 @torch.no_grad()
-def listen(m, args, path):
-    """Have an echo ready for the teacher: gather it unless a checkpoint brought it, and encode it."""
-    if m.echo.images is None:
-        gather_echo(m, args, path)
-    with m.autocast():
-        m.echo.z = torch.cat([m.pair.encode(x.to(m.device)) for x in m.echo.images.split(8)])
+def listen(m, args, turn, out):
+    """Have this round's echo ready: gather it unless a checkpoint brought it, and study it; `out` is the run's folder."""
+    if m.echo.known and m.echo.round == turn.round or turn.who == "student" and not args.echo_is_real:
+        return
+    if m.echo.round != turn.round:
+        gather_echo(m, args, out / ("echo.png" if turn.round == 1 else f"echo-{turn.round}.png"), turn)
+    m.echo.known = study(m, from_bytes(m.echo.images), m.heads if args.echo_is_real else [])
 
 
 @torch.no_grad()
@@ -383,9 +430,7 @@ def preview(m, args, path):
 # ---------------------------------------------------------------------------------------------------------------
 
 def announce(m, args, why, turns):
-    stages = {}
-    for turn in turns:
-        stages.setdefault((turn.who, turn.stage), []).append(turn)
+    stages = [(who, len(list(part))) for (who, _, _), part in groupby(turns, lambda turn: (turn.who, turn.stage, turn.round))]
     print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
     for word in unknown_words(m.pair.text.tokenizer, args.class_word):
@@ -400,7 +445,7 @@ def announce(m, args, why, turns):
     print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
     print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
-    print(", then ".join(f"{len(part)} iterations of {who}" for (who, _), part in stages.items()) + f", batch {args.train_batch_size}")
+    print(", then ".join(f"{length} iterations of {who}" for who, length in stages) + f", batch {args.train_batch_size}")
 
 
 def train(argv=None):
@@ -409,6 +454,7 @@ def train(argv=None):
     run = Run(args, argv)
     device, why = pick_device(args.device)
     check_memory(args.base, device, vars(args))
+    announce_download(args.base, vars(args))
     m, turns = build(args, device), plan(args)
     before = {role: {k: v.detach().cpu().clone() for k, v in weights.items()} for role, weights in m.moved.items()}
     announce(m, args, why, turns)
@@ -418,8 +464,8 @@ def train(argv=None):
     started = time.time()
     for step in run.steps(len(turns), progress.bar):
         turn = turns[step]
-        if turn.who == "teacher" and turn.stage == "echo" and m.echo.z is None and not args.echo_real_only:
-            listen(m, args, run.out / "echo.png")
+        if turn.stage == "echo" and not args.echo_real_only:
+            listen(m, args, turn, run.out)
         progress.after(step, *iteration(m, args, turn, step))
         if args.preview_steps and (step + 1) % args.preview_steps == 0:
             preview(m, args, run.out / "previews" / f"{step + 1:05d}.png")
@@ -431,7 +477,8 @@ def train(argv=None):
     save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")
-    print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach", or while you type: --live')
+    print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach"')
+    print("or draw while you type: python sample.py --live")
     run.finish()
 
 

@@ -5,9 +5,11 @@
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs. Every
 sentence about a missing or foreign file is here.
 """
+import inspect
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
-from data.recipe import BASES, DATA, read_toml
+from data.recipe import BASES, DATA, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
 
 
@@ -25,7 +27,8 @@ def find_base(name, flags=None):
     """Where the parts of a base lie: a name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
 
     .teacher .student .encoders .tiny_vae .student_lora: folders or hub repositories ("owner/name", "owner/name@revision");
-    .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is one, else None. A folder holds
+    .licences: {repository: name of its licence}; .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is
+    one, else None. A folder holds
     teacher/ and student/, or a base.json with the keys of a recipe's [base] ("recipe": "sd-turbo"); exit code 2 if neither.
     """
     flags, recipe, folder, entry = flags or {}, name, None, {}
@@ -44,8 +47,22 @@ def find_base(name, flags=None):
     given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
     if "student" in given:
         given["student_lora"] = None
-    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licence": "its own; read it before you share the run"}
+    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
+
+
+def read_recipe(argv):
+    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
+    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
+        p.add_argument(f"--{flag}")
+    args, _ = p.parse_known_args(argv)
+    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
+    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
+    recipe |= own
+    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
+        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
+    return base, recipe
 
 
 def pick_device(name="auto"):
@@ -73,8 +90,11 @@ def pick_precision(device):
     return ("bf16", "this hardware computes bf16") if has else ("no", "this hardware has no bf16")
 
 
-def fetch(source, name, needed=True):
-    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none."""
+def fetch(source, name, needed=True, dry=False):
+    """Path of one file of `source`: a folder, or a hub repository "owner/name[@revision]" (downloaded once); None if it has none.
+
+    dry: in place of downloading, what huggingface_hub knows of the file: its size, and whether it is here already.
+    """
     source = str(source)
     if os.path.isdir(source):
         path = Path(source) / name
@@ -86,7 +106,8 @@ def fetch(source, name, needed=True):
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()
     try:
-        return Path(hf_hub_download(repo, name, revision=revision or None))
+        found = hf_hub_download(repo, name, revision=revision or None, **{"dry_run": True} if dry else {})
+        return found if dry else Path(found)
     except errors.HFValidationError:
         fail(f"{source} is no name of a hub repository such as stabilityai/sd-turbo; mend --teacher or --student")
     except errors.GatedRepoError:
@@ -96,12 +117,26 @@ def fetch(source, name, needed=True):
     except errors.RevisionNotFoundError:
         fail(f"{source}: the hub repository has no such revision; give a mirror or a local folder")
     except errors.LocalEntryNotFoundError:  # of the hub's errors, the one that means "no network and not in the cache"
-        fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+        if not is_cached(repo, revision):
+            fail(f"{source} is not in the local cache and the hub cannot be reached; connect once, or give a local folder")
+        if needed:
+            fail(f"{source}: {name} is not in the local cache and the hub cannot be reached; connect once to fetch the rest, or give a local folder")
     except errors.EntryNotFoundError:
         if needed:
             fail(f"{source} on the hub holds no {name}; give a mirror or a local folder in the diffusers layout")
     except errors.HfHubHTTPError as error:
         fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
+    except OSError as error:  # of the disk, while a file is written
+        fail(f"{source}: {name} cannot be kept ({error.strerror or error}); free some space, or point HF_HOME to a larger disk")
+
+
+def is_cached(repo, revision=None):
+    """Whether the hub cache holds a snapshot of a repository. A file that is optional and not in it then counts as one that the
+    repository never had: only a download by huggingface_hub itself leaves markers (`.no_exist`) of those."""
+    from huggingface_hub import constants
+    home = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = home / "refs" / (revision or "main")
+    return (home / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "none")).is_dir()
 
 
 def fetch_file(spec):
@@ -121,6 +156,40 @@ def read_config(source, part, name="config.json", needed=True):
         fail(f"{path} is damaged ({error}); fetch it again or give another folder")
 
 
+def weight_files(part, diffusers):
+    """Names that the weights of a part may have, the half-size fp16 file first."""
+    stem = f"{part}/" * bool(part) + ("diffusion_pytorch_model" if diffusers else "model")
+    return f"{stem}.fp16.safetensors", f"{stem}.safetensors"
+
+
+def announce_download(base, flags):
+    """Print what the hub is going to send, under which licences and where it is kept; refuse if the disk is too small for it."""
+    from huggingface_hub import constants
+    at, sizes = find_base(base, flags), {}
+    wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("unet", "vae", "text_encoder")]
+    wanted += [(at.student, weight_files("unet", True))] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae"))
+    if isinstance(at.encoders, dict):
+        wanted += [(at.encoders[k], weight_files("", False)) for k in ("dino", "dinov2", "clip")]
+    for spec in (at.student_lora, at.encoders["ip_adapter"] if isinstance(at.encoders, dict) else None):
+        if spec and not os.path.isfile(spec):
+            owner, name, file = spec.split("/", 2)
+            wanted.append((f"{owner}/{name}", (file,)))
+    for source, names in wanted:
+        found = None if os.path.isdir(source) else next((f for f in (fetch(source, n, needed=False, dry=True) for n in names) if f), None)
+        if found and found.will_download:
+            sizes[source] = sizes.get(source, 0) + (found.file_size or 0)
+    if not sizes:
+        return
+    total, folder = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    print(f"downloading {total / 1e9:.1f} GB, once, into {folder}: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sizes.items()))
+    for source in sizes:
+        if source.partition("@")[0] in at.licences:
+            print(f"  {source} comes under the {at.licences[source.partition('@')[0]]}")
+    if total > free:
+        fail(f"{folder} has {free / 1e9:.1f} GB free, but the download takes {total / 1e9:.1f} GB; free some space, or point HF_HOME to a larger disk")
+
+
 def load_part(kind, source, part, random=None, **config):
     """A diffusers or transformers model of class `kind`; safetensors only, the half-size fp16 file where there is one.
 
@@ -133,17 +202,65 @@ def load_part(kind, source, part, random=None, **config):
                 return kind.from_config(kind.load_config(folder))
             return kind(kind.config_class.from_pretrained(folder), **config)
     diffusers = hasattr(kind, "load_config")
-    stem = "diffusion_pytorch_model" if diffusers else "model"
-    for variant in ("fp16", None):
-        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        if fetch(source, f"{part}/{file}" if part else file, needed=False):
+    for file, variant in zip(weight_files(part, diffusers), ("fp16", None)):
+        if fetch(source, file, needed=False):
             break
     else:
-        fail(f"{source} holds no {file}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
+        fail(f"{source} holds no {Path(file).name}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
     try:
         return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         fail(f"{folder} does not hold a {kind.__name__} ({str(error).splitlines()[0]}); fetch it again or give another folder")
+
+
+def what_it_says(config):
+    """A config.json with its class's defaults where it is silent: Stable Diffusion 2.1's autoencoder writes no scaling_factor."""
+    import diffusers
+    import transformers
+    if config is None:
+        return None
+    if "_class_name" not in config:
+        kind = transformers.CLIPTextConfig if config.get("model_type") == "clip_text_model" else None
+        return kind(**config).to_dict() if kind else config
+    kind = getattr(diffusers, config["_class_name"], None)
+    defaults = {k: p.default for k, p in inspect.signature(kind).parameters.items()} if isinstance(kind, type) else {}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | config).items()}
+
+
+def check_model(flag, source):
+    """Refuse what is no teacher or student at all: a file, a LoRA, half a folder, another kind of model."""
+    if os.path.isfile(source):
+        what = "a LoRA" if is_lora(Path(source)) else "one file"
+        fail(f"{flag} {source} is {what}; give a whole model as a folder in the diffusers layout or a hub repository such as stabilityai/sd-turbo")
+    if not os.path.isdir(source):
+        if str(source).partition("@")[0].count("/") != 1:
+            fail(f"{flag} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
+    elif any(is_lora(p) for p in Path(source).glob("*.safetensors")) and not Path(source, "unet").is_dir():
+        fail(f"{flag} {source} holds a LoRA, not a model; give the model that it was made for, in the diffusers layout")
+    unet = read_config(source, "unet")
+    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
+        fail(f"{flag} {source} is no Stable Diffusion 1 or 2 (its UNet is {unet.get('addition_embed_type') or unet['_class_name']}, as in SDXL); "
+             "take a pair such as sd-turbo")
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
+        fail(f"{flag} {source} draws from {unet['in_channels']} channels, as models for inpainting or upscaling do; take one that draws from text alone")
+    kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        fail(f"{flag} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
+    for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
+        try:
+            with safe_open(file, "pt"):  # the header tells whether the file is whole
+                pass
+        except (SafetensorError, OSError) as error:
+            fail(f"{file} is damaged ({error}); fetch it again or give another folder")
+
+
+def is_lora(path):
+    """Whether a safetensors file holds an adapter: every one has "lora" in its keys."""
+    try:
+        with safe_open(path, "pt") as f:
+            return any("lora" in k for k in f.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_pair(base):
@@ -155,31 +272,20 @@ def check_pair(base):
                      "take a pair made from one version of Stable Diffusion")
 
     for part, source in (("teacher", base.teacher), ("student", base.student)):
-        if not os.path.isdir(source) and str(source).partition("@")[0].count("/") != 1:
-            fail(f"--{part} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
-    for part, source in (("teacher", base.teacher), ("student", base.student)):
-        kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
-        if kind not in ("epsilon", "v_prediction"):
-            fail(f"--{part} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
-        for file in sorted(Path(source).glob("*/*.safetensors")) if os.path.isdir(source) else ():
-            try:
-                with safe_open(file, "pt"):  # the header tells whether the file is whole
-                    pass
-            except (SafetensorError, OSError) as error:
-                fail(f"{file} is damaged ({error}); fetch it again or give another folder")
-    text, vae = (read_config(base.teacher, part) for part in ("text_encoder", "vae"))
-    unets = [read_config(source, "unet") for source in (base.teacher, base.student)]
-    differ("text encoders", text, read_config(base.student, "text_encoder", needed=False),
+        check_model(f"--{part}", source)
+    text, vae = (what_it_says(read_config(base.teacher, part)) for part in ("text_encoder", "vae"))
+    unets = [what_it_says(read_config(source, "unet")) for source in (base.teacher, base.student)]
+    differ("text encoders", text, what_it_says(read_config(base.student, "text_encoder", needed=False)),
            ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"))
-    differ("autoencoders", vae, read_config(base.student, "vae", needed=False),
+    differ("autoencoders", vae, what_it_says(read_config(base.student, "vae", needed=False)),
            ("_class_name", "latent_channels", "scaling_factor", "block_out_channels"))
     differ("UNets", *unets, ("in_channels", "cross_attention_dim"))
     if unets[0]["cross_attention_dim"] != text["hidden_size"]:
         fail(f"teacher {base.teacher}: its UNet reads {unets[0]['cross_attention_dim']} numbers per word, its text encoder writes "
              f"{text['hidden_size']}; the folder mixes two models")
-    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")) \
-            and load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
-        fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
+    if any(fetch(base.student, f"tokenizer/{name}", needed=False) for name in ("vocab.json", "tokenizer.json")):
+        if load_tokenizer(base.teacher).get_vocab() != load_tokenizer(base.student).get_vocab():
+            fail(f"teacher {base.teacher} and student {base.student} have different tokenizers; take a pair made from one version of Stable Diffusion")
 
 
 def load_tokenizer(source):
@@ -215,7 +321,7 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
 
     Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
-    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet and mixed_precision are read. dtype: of frozen
+    flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet, start_word and mixed_precision are read. dtype: of frozen
     weights. random: see `load_part`. roles: whose networks are loaded; drawing needs one.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -251,7 +357,7 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
         from diffusers.models.attention_processor import AttnProcessor
         for d in filter(None, denoisers.values()):
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
-    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, class_word)
+    text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, flags.get("start_word") or class_word)
     row = text.row.data
     if torch.device(device).type == "cuda" and flags.get("mixed_precision") != "no":
         torch.backends.cuda.matmul.allow_tf32 = True  # for the student's step: as exact as fp16 (1 %), and no number too large
@@ -355,5 +461,7 @@ def check_base(args):
         fail(f"--token {args.token} is a word that the base already knows; take a new one, such as <v>")
     if args.token in args.class_word:
         fail(f"--class_word {args.class_word} holds the token {args.token} itself; say the ordinary noun, such as dog")
+    if args.start_word and not tokenizer.tokenize(args.start_word):
+        fail(f"--start_word {args.start_word!r} holds no word; leave it empty to start from the class word")
     if len(tokenizer.tokenize(args.class_word)) > tokenizer.model_max_length // 2:
         fail(f"--class_word {args.class_word[:40]}... fills more than half of the {tokenizer.model_max_length} tokens that the model reads; shorten it")

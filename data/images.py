@@ -39,7 +39,8 @@ def photo_paths(folder):
 def load_photo(path, size, crop="centre"):
     """One photo (3, size, size) and its mask (1, size, size): turned upright by EXIF, transparency on grey, antialiased.
 
-    crop: "centre" takes the centre square; "pad" shrinks the whole photo onto grey, which the mask leaves out.
+    crop: "centre" takes the centre square; "pad" shrinks the whole photo onto grey, which the mask leaves out; "squash" changes its
+    proportions.
     """
     try:
         with Image.open(path) as image:
@@ -52,6 +53,8 @@ def load_photo(path, size, crop="centre"):
             image, (left, top, right, bottom) = image.convert("RGB"), (0, 0, size, size)
             if crop == "centre":
                 image = ImageOps.fit(image, (size, size), Image.LANCZOS)
+            elif crop == "squash":
+                image = image.resize((size, size), Image.LANCZOS)
             else:
                 image = ImageOps.contain(image, (size, size), Image.LANCZOS)
                 left, top = (size - image.width) // 2, (size - image.height) // 2
@@ -84,13 +87,16 @@ def load_photos(folder, size, crop="centre", masks=False):
 
 
 class Photos:
-    """The reference photos with their augmentation: flip, and Custom Diffusion's shrink-or-zoom with a mask."""
+    """The reference photos with their augmentation: flip, and Custom Diffusion's shrink-or-zoom with a mask.
+
+    published: sizes and words as Custom Diffusion has them (Kumari et al. 2023, appendix); else ours, which are narrower.
+    """
 
     SIZES = {"small": (.4, .6), "big": (1.2, 1.4)}  # factor of the photo's size, and the word the prompt then says
 
-    def __init__(self, photos, masks, flip, size_augmentation):
+    def __init__(self, photos, masks, flip, size_augmentation, published=False):
         self.photos, self.masks = (torch.cat([x, x.flip(3)]) if flip else x for x in (photos, masks))  # (N or 2 N, ...)
-        self.count, self.flip, self.size_augmentation = len(photos), flip, size_augmentation
+        self.count, self.flip, self.size_augmentation, self.published = len(photos), flip, size_augmentation, published
 
     def batch(self, n, g):
         """n augmented photos (n, 3, S, S), masks (n, 1, S, S), a size word or "" each, and their numbers; g a CPU generator."""
@@ -100,32 +106,55 @@ class Photos:
         x, mask, said = self.photos[which], self.masks[which], [""] * n
         if self.size_augmentation:
             x, mask = x.clone(), mask.clone()
-            for i, (kind, *place) in enumerate(zip(torch.randint(3, (n,), generator=g).tolist(),
-                                                   *torch.rand(3, n, generator=g).tolist())):
-                if kind:
-                    said[i] = self.resize(x[i], mask[i], list(self.SIZES)[kind - 1], *place)
+            kinds, (u, *place) = torch.randint(3, (n,), generator=g).tolist(), torch.rand(3, n, generator=g).tolist()
+            second = torch.rand(n, generator=g).tolist() if self.published else u  # which of two words
+            for i in range(n):
+                factor, word = self.size(kinds[i], u[i], second[i] < .5)
+                if factor and self.resize(x[i], mask[i], factor, *(p[i] for p in place)):
+                    said[i] = word
         return x, mask, said, which
 
-    def resize(self, x, mask, word, u, left, top):
-        """Shrink or zoom one photo (3, S, S) and its mask (1, S, S) in place; returns the size word, "" if left as it was.
+    def size(self, kind, u, second):
+        """A factor of the photo's size and its word, of kind 0, 1 or 2 and u in [0, 1); a factor of 0 leaves the photo alone."""
+        if self.published:
+            factor = 1.2 + .2 * u if kind == 2 else 1 / 3 + 2 / 3 * u
+            words = ("zoomed in", "close up") if factor > 1 else ("far away", "very small") if factor < .6 else ("", "")
+            return factor, words[second]
+        word = [None, *self.SIZES][kind]
+        low, high = self.SIZES.get(word, (0, 0))
+        return low + (high - low) * u, word or ""
 
-        u, left, top in [0, 1): where in SIZES' range the factor lies, and where the photo is put, or the window cut out.
+    def resize(self, x, mask, factor, left, top):
+        """Shrink or zoom one photo (3, S, S) and its mask (1, S, S) in place; False if it was left as it was.
+
+        left, top in [0, 1): where the photo is put, or the window cut out.
         """
-        size, (low, high) = x.shape[-1], self.SIZES[word]
-        new = round(size * (low + (high - low) * u))
+        size = x.shape[-1]
+        new = round(size * factor)
         photo = F.interpolate(x[None], size=(new, new), mode="bilinear", antialias=True)[0]
         part = F.interpolate(mask[None], size=(new, new))[0]
         a, b = (round(abs(size - new) * v) for v in (left, top))
         if new > size:
             photo, part = (v[:, b:b + size, a:a + size] for v in (photo, part))
         if not part.any():
-            return ""  # nothing of a padded panorama would be seen
+            return False  # nothing of a padded panorama would be seen
         if new > size:
             x[:], mask[:] = photo, part
         else:
             x[:], mask[:] = 0, 0  # grey around the shrunk photo, and no loss there
             x[:, b:b + new, a:a + new], mask[:, b:b + new, a:a + new] = photo, part
-        return word
+        return True
+
+    def zooms(self, i, count, g):
+        """Square windows (count, 3, S, S) of photo i at its full size: of random place, .6 to 1 of what fits, none with a border."""
+        rows, columns = self.masks[i, 0].any(1).nonzero(), self.masks[i, 0].any(0).nonzero()  # of a padded photo only these are photo
+        top, left, height, width = rows[0].item(), columns[0].item(), len(rows), len(columns)
+        windows = []
+        for u, down, right in torch.rand(count, 3, generator=g).tolist():
+            side = max(1, round(min(height, width) * (.6 + .4 * u)))
+            y, x = top + round((height - side) * down), left + round((width - side) * right)
+            windows.append(F.interpolate(self.photos[i:i + 1, :, y:y + side, x:x + side], size=self.photos.shape[-2:], mode="bilinear", antialias=True))
+        return torch.cat(windows)
 
 
 def load_prompts(base, more=None):
@@ -134,9 +163,17 @@ def load_prompts(base, more=None):
     return prompts | {"preview": prompts["preview"] + (more or [])}
 
 
+def to_bytes(images):
+    """Images in [-1, 1] as uint8."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def from_bytes(pixels):
+    return pixels.float() / 127.5 - 1
+
+
 def to_pil(images):
-    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in to_bytes(images.cpu())]
 
 
 def save_png(image, path):

@@ -22,7 +22,8 @@ RUN = {
     "class_word": (str, None, None, "the subject's ordinary noun; default: the folder's name"),
     "token": (str, None, "<v>", "the new word for the subject"),
     "output_dir": (str, None, None, "default: out/FOLDER NAME"),
-    "base": (str, None, None, "emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
+    "base": (str, None, None, "emoji, sd-turbo (Stable Diffusion 2.1: CreativeML Open RAIL++-M licence; SD-Turbo: Stability AI Community "
+                              "License), hyper-sd15, or a folder laid out like data/emoji/base; default: emoji, "
                               "with --teacher or --student sd-turbo"),
     "teacher": (str, None, None, "folder or hub repository in place of the base's teacher"),
     "student": (str, None, None, "folder or hub repository in place of the base's student"),
@@ -50,6 +51,8 @@ KEYS = {
     "train_batch_size": (int, (1, math.inf), "images per iteration and model"),
     "train_unet": (("kv", "attention", "all", "lora"), None, "which UNet weights move"),
     "lora_rank": (int, (1, math.inf), 'of train_unet "lora", in every attention layer'),
+    "start_word": (str, None, "word whose row the token starts as; empty: the class word"),
+    "detach_first_token": (bool, None, "no gradient through keys and values of the first token, which begins every prompt"),
     "carry": (bool, None, "every step of the teacher's weights in the joint stage moves the student's too"),
     "teacher_lr": (float, ANY, "0 freezes the teacher"),
     "student_lr": (float, ANY, "0 freezes the student"),
@@ -59,6 +62,7 @@ KEYS = {
     "lr_decay": (float, SHARE, "last share of each stage in which rates fall to 0; all of the student's part of the echo stage"),
     "weight_decay": (float, ANY, "AdamW, not on the token"),
     "max_grad_norm": (float, None, "gradients of each UNet and of the critics are clipped to this norm; inf: never"),
+    "clip_critics": (bool, None, "clip the critics' gradients too"),
     "mixed_precision": (("auto", "no", "bf16", "fp16"), None, "autocast of the forward passes, the student's one step apart; "
                         "auto: bf16 where the hardware has it; fp16 only with an epsilon teacher"),
     "reconstruction_weight": (float, ANY, "teacher on the photos; 0 freezes teacher and token"),
@@ -66,7 +70,7 @@ KEYS = {
     "scene_adversarial_weight": (float, ANY, "the same on scene prompts, which no photo shows"),
     "identity_weight": (float, ANY, "1 - cosine of image tokens, student against teacher"),
     "latent_weight": (float, ANY, "latent MSE, student against teacher"),
-    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images"),
+    "swd_weight": (float, ANY, "multi-scale sliced Wasserstein distance of the decoded images, on L to 1; 10 is the paper's strength"),
     "swd_projections": (int, (1, math.inf), "random filters per call"),
     "swd_positions": (int, ANY, "patches per level at most, about; 0: all"),
     "lpips_weight": (float, ANY, "perceptual distance of the decoded images in the identity encoder's features"),
@@ -79,15 +83,23 @@ KEYS = {
     "sequential": (bool, None, "all iterations for the teacher alone, then as many for the student"),
     "share_text": (bool, None, "off: the student learns a token of its own by its own losses"),
     "scene_prompts": (float, SHARE, "share of the student's prompts that are scenes"),
-    "crop": (("centre", "pad"), None, "the centre square, or the whole photo on masked grey"),
+    "own_prompts": (bool, None, "in place of templates the student draws what its batch of photos is called, size words included"),
+    "crop": (("centre", "pad", "squash"), None, "the centre square, the whole photo on masked grey, or squashed to a square"),
     "flip": (bool, None, "mirror photos at random"),
     "size_augmentation": (bool, None, "shrink or zoom photos, and say so in the prompt"),
+    "published_sizes": (bool, None, "of size_augmentation: two thirds shrunk to a third or more, one third zoomed, with Custom Diffusion's words"),
+    "mask_erosion": (int, ANY, "latent pixels by which the mask of a photo on grey is narrowed on each side"),
+    "sample_latents": (bool, None, "draw the photos' latents from the encoder's distribution instead of its mean"),
+    "critic_views": (int, ANY, "random zooms into each photo that critics take for real; 0: the photo as it is in the batch"),
     "echo_steps": (int, ANY, "iterations in which the teacher hears the echo, then as many in which the student follows; 0: none"),
+    "echo_rounds": (int, (1, math.inf), "times that this is done, each with an echo gathered anew"),
+    "echo_replaces": (bool, None, "echoed images replace photos in the teacher's batch instead of joining them"),
+    "echo_is_real": (bool, None, "echoed images replace photos as real before the critics, while the student follows"),
     "echo_real_only": (bool, None, "control: as many iterations without the echo"),
     "echo_samples": (int, (1, math.inf), "one-step samples to choose from"),
     "echo_keep": (float, SHARE, "share of them that is kept at most; at least one"),
     "echo_floor": (float, SHARE, "share refused for disagreeing with its prompt, before identity ranks"),
-    "echo_share": (float, SHARE, "echoed images on top of each batch of photos, as a share of it; at least one"),
+    "echo_share": (float, SHARE, "echoed images with each batch of photos, as a share of it; at least one"),
     "echo_weight": (float, ANY, "of the teacher's loss on the kept samples"),
     "echo_noise": (float, SHARE, "teacher sees echoes at noise levels from this share of the schedule up"),
 }
@@ -117,7 +129,7 @@ def typed(key, value, path):
         value = float(value)
     fits = value in kind if isinstance(kind, tuple) else type(value) is kind
     if not fits:
-        wanted = " or ".join(f'"{c}"' for c in kind) if isinstance(kind, tuple) else {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        wanted = " or ".join(f'"{c}"' for c in kind) if isinstance(kind, tuple) else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         fail(f"{path}: {key} must be {wanted}, not {value!r}")
     check(key, value, f"{path}: {key}")
     return value
@@ -175,18 +187,3 @@ def add_flag(group, name, kind, default, what):
     how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple) else \
         {"nargs": "+", "metavar": "TEXT"} if kind is list else {"type": kind, "metavar": {int: "N", float: "X", str: name.split("_")[-1].upper()}[kind]}
     group.add_argument(f"--{name}", default=default, help=what.replace("%", "%%"), required=name == "concept", **how)
-
-
-def read_recipe(argv):
-    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
-    from data.base import find_base
-    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
-        p.add_argument(f"--{flag}")
-    args, _ = p.parse_known_args(argv)
-    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
-    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
-    recipe |= own
-    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
-        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
-    return base, recipe

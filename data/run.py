@@ -71,7 +71,8 @@ class Run:
                   f"{checkpoints(self.out, 'checkpoints-before')[-1]}")
         for part in ("checkpoints", "previews"):
             shutil.rmtree(self.out / part, ignore_errors=True)
-        (self.out / "echo.png").unlink(missing_ok=True)
+        for old in self.out.glob("echo*.png"):
+            old.unlink()
 
     def steps(self, total, bar):
         """The iterations left, with a checkpoint after some, and after the one in which Ctrl-C or SIGTERM asks to stop.
@@ -261,6 +262,13 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
         "             generator=torch.Generator().manual_seed(0)).images[0]", 'image.save("picture.png")'])
 
 
+def licences(base):
+    """What the models of a base come under, as a part of a card's sentence."""
+    sources = [str(source).partition("@")[0] for source in (base.teacher, base.student, base.student_lora)]
+    known = [f"{what}: {name}" for what, name in base.licences.items() if base.folder or any(s == what or s.startswith(f"{what}/") for s in sources)]
+    return "; ".join(known) or "read it where the base comes from"
+
+
 def changed_settings(flags, base):
     """Flags of a run whose values are not those of its base's recipe, as a sentence of a card."""
     usual = read_toml(base.recipe)["recipe"]
@@ -298,7 +306,7 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code=code,
                            count=len(shown), lora=LORA, fidelity=fidelity, first=names[0],
                            photos="\n![the photos](photos.png)\n" if (part / "photos.png").is_file() else "",
-                           settings=changed_settings(flags, base), licence=base.licence, **versions)
+                           settings=changed_settings(flags, base), licence=licences(base), **versions)
         save_text(part / "README.md", card)
         save_json(part / "config.json", {"format": FORMAT, "model": role, "flags": flags, "versions": versions,
                                          "lora": {"rank": rank, "left_out": error}})

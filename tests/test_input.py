@@ -20,7 +20,8 @@ import evaluate
 import sample
 import train
 from conftest import ROOT, exit_of
-from data.recipe import make_parser, read_recipe
+from data.base import read_recipe
+from data.recipe import make_parser
 from data.images import Photos, load_photos
 from data.disk import save_json, save_tensors
 

@@ -67,6 +67,60 @@ def test_sliced_wasserstein_of_an_image_with_itself_is_zero_and_its_gradient_fin
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
+def pull(x, y, **more):
+    """Gradient (1, 3, H, W) of the distance at x."""
+    x = x.clone().requires_grad_()
+    losses.sliced_wasserstein_per_sample(x, y, losses.random_projections(32, torch.Generator().manual_seed(0)), **more).sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("beyond, aim", [(1.5, .2), (-1.5, -.2)])
+def test_sliced_wasserstein_brings_pixels_back_from_beyond_black_and_white(beyond, aim):
+    """A clamp's own gradient is 0 there."""
+    x, y = torch.full((1, 3, 16, 16), beyond), torch.full((1, 3, 16, 16), aim)
+    g = pull(x, y)
+    assert (-g.sum() * (aim - beyond) > 0) and g.abs().sum() > 0
+    assert not pull(x, torch.full_like(x, torch.tensor(beyond).sign().item())).any(), "white is as white as it gets"
+
+
+def test_sliced_wasserstein_clamps_values_as_before():
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2
+    w = losses.random_projections(4, torch.Generator().manual_seed(0))
+    y = torch.zeros_like(x)
+    assert torch.equal(losses.sliced_wasserstein_per_sample(x, y, w), losses.sliced_wasserstein_per_sample(x.clamp(-1, 1), y, w))
+    inside = x.abs() < 1
+    given, i = torch.randn_like(x), x.clone().requires_grad_()
+    losses.IntoGamut.apply((i + 1) / 2).backward(given)
+    assert torch.equal(i.grad[inside], given[inside] / 2)
+
+
+def test_raw_images_are_pulled_below_mid_grey_as_above():
+    """In [-1, 1] taken for [0, 1] a clamp would leave no gradient in the darker half."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(1, 3, 24, 24, generator=g) * 2 - 1, torch.rand(1, 3, 24, 24, generator=g) * 2 - 1
+    grad = pull(x, y - .3, raw=True)
+    dark = x < 0
+    assert (grad[dark] != 0).float().mean() > .95 and (grad[~dark] != 0).float().mean() > .95
+    flat = pull(torch.full((1, 3, 16, 16), -.2), torch.full((1, 3, 16, 16), -.8), raw=True)
+    assert flat.sum() > 0, "both are black to a clamp"
+
+
+def test_the_wasserstein_weight_of_the_real_pair_is_the_published_strength():
+    """Paper: .1 of a distance in which L goes to 100."""
+    from data.recipe import DATA, read_toml
+    x, y = torch.rand(1, 3, 24, 24) * 2 - 1, torch.rand(1, 3, 24, 24) * 2 - 1
+    w = losses.random_projections(8, torch.Generator().manual_seed(0))
+    ours = losses.sliced_wasserstein_per_sample(x, y, w)
+    srgb_to_lab = losses.srgb_to_lab
+    try:
+        losses.srgb_to_lab = lambda i: 100 * srgb_to_lab(i)
+        theirs = losses.sliced_wasserstein_per_sample(x, y, w)
+    finally:
+        losses.srgb_to_lab = srgb_to_lab
+    for name in ("sd-turbo/recipe.toml", "sd-turbo/paper.toml", "hyper-sd15/recipe.toml"):
+        torch.testing.assert_close(read_toml(DATA / name)["recipe"]["swd_weight"] * ours, .1 * theirs, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("colour", [-1., 0., 1.])
 def test_sliced_wasserstein_has_a_finite_gradient_on_flat_pictures(colour):
     x = torch.full((1, 3, 16, 16), colour, requires_grad=True)

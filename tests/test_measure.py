@@ -66,9 +66,9 @@ def test_a_sibling_is_another_individual_of_the_same_noun_and_style():
 def test_judges_move_when_pictures_are_spoiled():
     from transformers import CLIPTokenizer
 
-    from model import Encoder
+    from data.base import load_encoder
     base = ROOT / "data" / "emoji" / "base"
-    judges = [Encoder(base / "judges" / k) for k in ("clip", "identity")]
+    judges = [load_encoder(base / "judges" / k) for k in ("clip", "identity")]
     table = sensitivities(*judges, CLIPTokenizer.from_pretrained(base / "teacher" / "tokenizer"), "held_out", n=24)
     assert table["blur"]["edges"] < -.1 < table["swapped colours"]["edges"]
     assert table["swapped colours"]["identity"] < table["blur"]["identity"] < 0

@@ -16,7 +16,6 @@ import train as train_script
 from conftest import ROOT, exit_of, train
 from data.benchmark import full_size
 from data.base import load_tokenizer, fetch, find_base, load_encoders, load_pair
-from model import fuse_lora
 
 UNET = dict(full_size.UNET, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], cross_attention_dim=32)
@@ -278,9 +277,9 @@ def test_a_fused_adapter_adds_its_product_to_the_weights(written, base):
 
 def test_an_adapter_of_another_model_is_refused(base, capsys):
     save_file({"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}, base / "other.safetensors")
-    unet = load_pair(base, "<v>", "dog").student.unet
-    code, said = exit_of(lambda argv: fuse_lora(unet, base / "other.safetensors"), [], capsys)
-    assert code == 2 and "elsewhere" in said
+    edit(base / "base.json", student_lora=str(base / "other.safetensors"))
+    code, said = exit_of(lambda argv: load_pair(base, "<v>", "dog"), [], capsys)
+    assert code == 2 and "elsewhere" in said and "other.safetensors" in said
 
 
 @pytest.mark.parametrize("file, changes, named", [
@@ -322,12 +321,12 @@ def test_a_preset_alone_makes_the_second_family(bases, concept, monkeypatch):
            "facebook/dino-vits16": encoders / "dino", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": encoders / "clip", "madebyollin/taesd": bases["sd15"] / "tiny_vae"}
     asked = []
 
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, dry_run=False):
         asked.append((repo, revision))
         path = encoders / "ip_adapter.safetensors" if repo == "h94/IP-Adapter" else hub[repo] / name
         if not path.is_file():
             raise errors.EntryNotFoundError(name)
-        return str(path)
+        return SimpleNamespace(will_download=False) if dry_run else str(path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     run = train("--base", "hyper-sd15", *SHORT, "--tiny_vae")
     assert "weight_name='Hyper-SD15-1step-lora.safetensors'" in (run / "README.md").read_text().replace('"', "'")

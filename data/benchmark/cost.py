@@ -11,6 +11,7 @@ the critics. Without a GPU a large base is counted only, unless --device cpu ask
 """
 import argparse
 import functools
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ import model
 import train
 from data.base import find_base, pick_device, stored_in
 from data.benchmark.full_size import FULL_SIZE, write_base
-from data.disk import fail
+from data.disk import fail, save_text
 
 PAPER = 41  # PFLOP per concept: 1000 iterations of batch 2 as published
 NETWORK = {"identity": "CLIP", "clip": "CLIP", "dino": "DINO", "dinov2": "DINOv2"}
@@ -124,13 +125,13 @@ JOINT, HEARING = train.Turn("both", "joint", 1.), train.Turn("teacher", "echo", 
 
 def build_meta(args):
     """The run on the meta device."""
-    args = argparse.Namespace(**vars(args) | {"compile": False, "mixed_precision": "no"})
+    fewer = {"critic_views": min(1, args.critic_views)}  # features of windows are known before the first iteration
+    args = argparse.Namespace(**vars(args) | {"compile": False, "mixed_precision": "no"} | fewer)
     return args, train.build(args, torch.device("meta"), random=True, dtype=torch.float32)
 
 
-def count(args, published=False):
-    """{part: FLOP} of one joint iteration."""
-    args, m = build_meta(args)
+def count(args, m, published=False):
+    """{part: FLOP} of one joint iteration of a run on the meta device."""
     meter = Meter(m.device)
     book(m, meter)
     with mock.patch.object(train, "View", Forgetful if published else model.View), meter.measuring():
@@ -138,31 +139,50 @@ def count(args, published=False):
     return meter.flops
 
 
-def count_echo(args):
+def count_echo(args, m):
     """FLOP that the echo costs beyond its iterations: drawing and ranking the samples, and the teacher's share of echoed images."""
     if not args.echo_steps:
         return 0
-    args, m = build_meta(args)
     pair, counter = m.pair, FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         x = pair.decode(pair.student.one_step(torch.randn(1, *pair.latent_shape, device="meta"), pair.text(["a <v> dog"])))
         for k in ("identity", "clip"):
             m.encoders[k].features(x)
     drawn = counter.get_total_flops()
-    m.echo.z, m.echo.prompts = torch.randn(8, *pair.latent_shape, device="meta"), ["a <v> dog"] * 8
+    args = argparse.Namespace(**vars(args))
+    m.echo.known, m.echo.prompts = {"z": torch.randn(8, *pair.latent_shape, device="meta")}, ["a <v> dog"] * 8
     heard = []
     for real_only in (True, False):
         args.echo_real_only = real_only
         with FlopCounterMode(display=False) as counter:
             train.iteration(m, args, HEARING, 0)
         heard.append(counter.get_total_flops())
-    return args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0])
+    return args.echo_rounds * (args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Memory: what autograd keeps of one iteration on the meta device, under the rules by which CUDA's autocast chooses precisions
 
-class CudaAutocast(TorchFunctionMode):
+class CudaAttention(TorchFunctionMode):
+    """Attention on the meta device as CUDA has it: without a matrix of all pairs."""
+    active = []  # the innermost is in force
+
+    def __enter__(self):
+        CudaAttention.active.append(type(self))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        CudaAttention.active.pop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
+        return func(*args, **kwargs)
+
+
+class CudaAutocast(CudaAttention):
     """Autocast to bf16 as CUDA does it, on any device: matrix products in bf16, norms, softmax and losses in fp32."""
     LOW = {F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul,
            torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum, torch.conv2d, torch._C._nn.linear, torch.addmm}
@@ -174,12 +194,9 @@ class CudaAutocast(TorchFunctionMode):
 
         def cast(x):
             return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        kwargs = kwargs or {}
         if dtype:
-            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in kwargs.items()}
-        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:  # which CUDA has no matrix for
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
-        return func(*args, **kwargs)
+            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in (kwargs or {}).items()}
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Kept:
@@ -217,7 +234,7 @@ def watch_memory(m, args, half):
     def stored(module):
         return autocast() if next(module.parameters()).dtype == torch.bfloat16 else nullcontext()
 
-    with mock.patch.object(model, "as_stored", stored), Kept.watch(weights):
+    with mock.patch.object(model, "as_stored", stored), CudaAttention(), Kept.watch(weights):
         train.iteration(m, args, JOINT, 0)
     return sum(p.nbytes for p in weights), 3 * sum(p.nbytes for p in weights if p.requires_grad), Kept.most
 
@@ -225,10 +242,13 @@ def watch_memory(m, args, half):
 def count_memory(args):
     """`watch_memory` on the meta device, with the frozen weights in bf16 where a GPU would keep them so."""
     half = args.mixed_precision == "bf16"
-    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=lambda: (nullcontext(), CudaAutocast() if half else nullcontext()))
+    def as_now():  # what gradient checkpointing computes again, it computes under the same rules
+        return nullcontext(), CudaAttention.active[-1]() if CudaAttention.active else nullcontext()
+
+    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=as_now)
     with mock.patch("torch.utils.checkpoint.checkpoint", again), mock.patch("transformers.modeling_utils.checkpoint", again):
         args, m = build_meta(args)
-        for n in (m.pair.teacher, m.pair.student, m.pair.vae, m.pair.tiny_vae, m.pair.text, *m.encoders.values()):
+        for n in (m.pair.teacher, m.pair.vae, m.pair.tiny_vae, m.pair.text, *m.encoders.values()):
             for p in n.parameters() if n is not None and half else ():
                 if not p.requires_grad:
                     p.data = p.data.to(torch.bfloat16)
@@ -244,6 +264,7 @@ def parse_arguments(argv=None):
     p.add_argument("--base", default="emoji", help="emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base")
     p.add_argument("--random_weights", action="store_true", help="full-size random networks, nothing is downloaded")
     p.add_argument("--steps", type=int, default=10, help="iterations that are timed, after two that are not; 0 only counts")
+    p.add_argument("--write", metavar="FILE", help="put the table of the embedded pair between the cost marks of a Markdown file")
     p.add_argument("--images", type=int, default=16, help="images drawn for the sampling table; 0 skips it")
     ours, rest = p.parse_known_args(argv)
     find_base(ours.base)
@@ -262,38 +283,52 @@ def main(argv=None):
             write_base(folder, FULL_SIZE[ours.base])
             base = folder
         fixed = ["--base", base, "--concept", str(ROOT / "data" / "dog"), "--class_word", "dog"]
+        if ours.write:
+            return write_table(ours, train.parse_arguments(fixed + rest), ours.write)
         report(ours, train.parse_arguments(fixed + rest), fixed + [a for a in rest if a.startswith("--train_batch_size")])
 
 
 def report(ours, args, plain):
     """Print the counted table, then, where it is feasible, what was measured; plain: train.py's flags without any that lower the cost."""
     n, large = args.train_batch_size, find_base(ours.base).folder is None
-    columns = {"ours": (args, count(args))}
+    columns, echoes = {"ours": args}, []
     if large:
-        plain, paper = train.parse_arguments(plain), train.parse_arguments([*plain, "--recipe", str(ROOT / "data/sd-turbo/paper.toml")])
-        columns = {"published": (paper, count(paper, published=True)), "ours": (plain, count(plain)), "with these flags": columns["ours"]}
+        columns = {"published": train.parse_arguments([*plain, "--recipe", str(ROOT / "data/sd-turbo/paper.toml")]),
+                   "ours": train.parse_arguments(plain), "with these flags": args}
+    for name, flags in columns.items():
+        counted, m = build_meta(flags)
+        columns[name] = flags, count(counted, m, name == "published")
+        echoes.append(count_echo(counted, m))
     print(f"TFLOP per image and iteration, {ours.base}, counted (batch {n})\n")
     print("| part | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for part in sorted({k for _, c in columns.values() for k, v in c.items() if v}):
         print(f"| {part} | " + " | ".join(f"{c.get(part, 0) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
     print("| sum | " + " | ".join(f"{sum(c.values()) / a.train_batch_size / 1e12:.4g}" for a, c in columns.values()) + " |")
-    echoes = [count_echo(a) for a, _ in columns.values()]
-    totals = [(a.max_train_steps + a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
+    totals = [(a.max_train_steps + a.echo_rounds * a.echo_steps) * sum(c.values()) + e for (a, c), e in zip(columns.values(), echoes)]  # half an iteration teaches one network
     print("| PFLOP per concept | " + " | ".join(f"{v / 1e15:.4g}" for v in totals) + " |")
     print(f"\n(with these flags {args.max_train_steps} joint iterations, {args.echo_steps} of each network alone, and "
           f"{echoes[-1] / 1e15:.3g} PFLOP to draw, rank and hear the echo)")
-    sizes = [v / 1e9 for v in count_memory(args)]
-    print(f"memory, counted (batch {n}, {args.mixed_precision}, {switches(args)}): weights {sizes[0]:.2f} GB, gradients and optimizer {sizes[1]:.2f} GB, "
-          f"kept for the backward pass {sizes[2]:.2f} GB, together {sum(sizes):.1f} GB; what a network needs in passing comes on top")
+    print_memory({"published" if name == "published" else switches(flags): flags for name, (flags, _) in columns.items()}, args)
     device, why = pick_device(args.device)
     if not ours.steps or device.type == "cpu" and args.device == "auto" and large:
         print("not timed: " + ("--steps 0" if not ours.steps else f"{why}; --device cpu would time it all the same, in many minutes and 14 GB"))
         return
-    measure(ours, args, device, why, sum(columns.get("with these flags", columns["ours"])[1].values()), 0 if large and device.type == "cpu" else 2)
+    measure(ours, args, device, why, sum(list(columns.values())[-1][1].values()), 0 if large and device.type == "cpu" else 2)
 
 
-def measure(ours, args, device, why, flops, warm):
-    """Seconds of the real iteration by part, peak memory, and images per second."""
+def print_memory(sets, args):
+    """The table of memory by flag set {name: flags}, and with gradient checkpointing added to the last of them."""
+    sets = sets | {f"{switches(args)} --gradient_checkpointing": argparse.Namespace(**vars(args) | {"gradient_checkpointing": True})}
+    print(f"\nGB at batch {args.train_batch_size}, counted as CUDA's autocast would keep it, not yet measured; what a network needs in passing comes on top\n")
+    print("| flags | precision | weights | gradients, optimizer | kept for the backward pass | together |\n|---|---|---|---|---|---|")
+    for name, flags in sets.items():
+        sizes = [v / 1e9 for v in count_memory(flags)]
+        print(f"| {name} | {flags.mixed_precision} | " + " | ".join(f"{v:.2f}" for v in sizes) + f" | {sum(sizes):.1f} |", flush=True)
+    print()
+
+
+def timed(ours, args, device, warm):
+    """(the run, {part: seconds per iteration}) of the real iteration."""
     dtype = torch.bfloat16 if ours.random_weights and args.mixed_precision == "bf16" else stored_in(device, vars(args))
     m = train.build(args, device, random=ours.random_weights, dtype=dtype)
     meter = Meter(device)
@@ -305,15 +340,74 @@ def measure(ours, args, device, why, flops, warm):
     with meter.measuring():
         for step in range(warm, warm + ours.steps):
             train.iteration(m, args, JOINT, step)
+    return m, {k: v / ours.steps for k, v in meter.seconds.items()}
+
+
+def measure(ours, args, device, why, flops, warm):
+    """Print seconds of the real iteration by part, peak memory, and images per second."""
+    m, parts = timed(ours, args, device, warm)
     print(f"\n{device} ({why}), torch {torch.__version__}, {args.mixed_precision}, batch {args.train_batch_size}, {m.pair.resolution} px\n")
     print("| part | s per iteration |\n|---|---|")
-    for part, s in meter.seconds.items():
-        print(f"| {part} | {s / ours.steps:.4g} |")
-    seconds = sum(meter.seconds.values()) / ours.steps
+    for part, s in parts.items():
+        print(f"| {part} | {s:.4g} |")
+    seconds = sum(parts.values())
     print(f"| all | {seconds:.4g} |")
     print(f"\n{switches(args)} -> {peak(device)}, {1 / seconds:.3g} it/s, {flops / seconds / 1e12:.3g} TFLOP/s")
     if ours.images:
         sampling(m.pair, device, ours.images)
+
+
+def matmul_rate(dtype, size=1024, rounds=20):
+    """FLOP per second of one large matrix product on the CPU, the best of some."""
+    a, best = torch.randn(size, size, dtype=dtype), float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def write_table(ours, args, path):
+    """Put what a default iteration and a picture cost on this CPU between the marks of a Markdown file."""
+    flops, rates, found = count(*build_meta(args)), {"no": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}, {}
+    for precision in rates:
+        m, found[precision] = timed(ours, argparse.Namespace(**vars(args) | {"mixed_precision": precision}), torch.device("cpu"), 2)
+    rows = [(part, flops[part], *(found[p][part] for p in rates)) for part in flops if found["no"][part] > .001]
+    rows.append(("sum", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
+    lines = [f"One joint iteration of the default recipe (batch {args.train_batch_size}), {torch.get_num_threads()} thread(s) of "
+             f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}. Floor: the GFLOP at the rate of a large matrix "
+             f"product, measured beside it ({rates['no'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16).", "",
+             "| part | GFLOP | fp32, s | share of the floor | bf16, s | share of the floor |", "|---|---|---|---|---|---|"]
+    for part, flop, full, half in rows:
+        shares = [f"{flop / rates[p] / s:.0%}" for p, s in (("no", full), ("bf16", half))]
+        lines.append(f"| {part} | {flop / 1e9:.2f} | {full:.3f} | {shares[0]} | {half:.3f} | {shares[1]} |")
+    lines += ["", *picture(m.pair), "", f"Written by `python data/benchmark/cost.py --write {path}`.", ""]
+    text = Path(path).read_text(encoding="utf-8")
+    head, mark, rest = text.partition("<!-- cost -->\n")
+    _, end, tail = rest.partition("<!-- end cost -->")
+    if not mark or not end:
+        fail(f"--write {path} has no <!-- cost --> ... <!-- end cost --> to fill")
+    save_text(path, f"{head}{mark}{chr(10).join(lines)}{end}{tail}")
+
+
+def picture(pair):
+    """Lines about one picture: a new process of sample.py beside a bare `import torch`, and in a process that has drawn before."""
+    def wall(*command):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        return time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as out:
+        draw = [str(ROOT / "sample.py"), "--base", "emoji", "--prompt", "a dog on the beach", "--num_images", "1", "--output_dir", out]
+        runs = sorted((wall(*draw), wall("-c", "import torch")) for _ in range(5))
+    noise, t = torch.randn(1, *pair.latent_shape), []
+    with torch.no_grad():
+        for _ in range(12):
+            start = time.perf_counter()
+            pair.decode(pair.student.one_step(noise, pair.text(["a dog on the beach"])))
+            t.append(time.perf_counter() - start)
+    cold, bare = runs[2]
+    return [f"One picture: {cold:.1f} s in a new process (`sample.py --num_images 1`), of which `import torch` alone takes {bare:.1f} s; "
+            f"{1000 * sorted(t)[6]:.0f} ms once the networks are loaded."]
 
 
 def switches(args):
