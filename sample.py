@@ -10,7 +10,7 @@ Uses the newest run under out/ unless --run names one. Pictures and a grid (a ro
 to its samples/ folder; nothing there is overwritten, and each PNG says in text chunks how it was drawn.
 """
 import argparse
-import math
+import os
 import shutil
 import textwrap
 import time
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from data.base import find_base, load_pair, load_tokenizer, pick_device, unknown_words
-from data.disk import fail, make_folder
+from data.base import find_base, load_pair, load_tokenizer, pick_device, read_config, unknown_words
+from data.disk import fail, make_folder, refuse_foreign_bytes
 from data.images import add_png, grid, load_prompts, load_strip, to_pil
-from data.recipe import read_toml
-from data.run import load_run, read_run, save_run, slug
+from data.recipe import DRAWING, check_range, read_toml
+from data.run import load_run, read_run, refuse_obstacles, save_run, slug
 from model import compile_networks, draw
 
 
@@ -51,17 +51,15 @@ def parse_arguments(argv=None):
     args.prompts = read_prompts(args)
     if bool(args.prompts) + bool(args.export) + args.live != 1:
         fail('give either --prompt, such as "a <v> dog on the beach", or --live, or --export with a folder to write to')
-    if args.rank is not None and (args.rank < 1 or args.export is None):
-        fail(f"--rank {args.rank} is the rank of an exported LoRA: give at least 1, together with --export")
-    if args.num_images < 1:
-        fail(f"--num_images must be at least 1, not {args.num_images}")
+    if args.rank is not None and args.export is None:
+        fail(f"--rank {args.rank} is the rank of an exported LoRA: give it together with --export")
+    for flag, limits in DRAWING.items():
+        check_range(limits, getattr(args, flag), f"--{flag}")
+    check_range((0, 2 ** 32 - args.num_images), args.seed, "--seed")  # the last image's, too
     if args.steps is not None and (args.steps < 1 or not args.teacher and args.steps not in (1, 2, 4)):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        fail(f"--guidance_scale must be a number from 0 up, not {args.guidance_scale}")
-    if not 0 <= args.seed <= 2 ** 32 - args.num_images:
-        fail(f"--seed must be from 0 to {2 ** 32 - args.num_images}, not {args.seed}")
     pick_device(args.device)
+    refuse_foreign_bytes(args)
     if args.base and not args.run:  # the pair as it came
         if args.export or args.compare:
             fail("--export and --compare need a run; name its folder with --run")
@@ -69,6 +67,11 @@ def parse_arguments(argv=None):
         args.flags = {"base": args.base, "token": "<v>", "class_word": "a", "guidance_scale": read_toml(base.recipe)["recipe"]["guidance_scale"]}
     else:
         args.run, args.flags = read_run(args.run, base=args.base)
+    last = read_config(find_base(args.flags["base"], args.flags).teacher, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+    if (args.steps or 1) > last:
+        fail(f"--steps {args.steps} is more than the {last} timesteps of the teacher's schedule; take fewer")
+    if args.run and args.output_dir and os.path.realpath(args.output_dir) == os.path.realpath(args.flags["concept"]):
+        fail(f"--output_dir {args.output_dir} is the folder of photos, so what is drawn would become photos; choose another folder")
     return args
 
 
@@ -104,6 +107,7 @@ def remarks(prompts, args, tokenizer):
 
 def export(args, device):
     make_folder(args.export, "--export")
+    refuse_obstacles(args.export)
     flags = args.flags
     pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags, torch.float32)
     before = load_run(args.run, pair)
@@ -127,7 +131,7 @@ def main(argv=None):
     tokenizer.add_tokens(token)
     for sentence in remarks(args.prompts, args, tokenizer):
         print(f"note: {sentence}")
-    out = make_folder(args.output_dir or (args.run or Path("out", f"base-{slug(Path(flags['base']).name)}")) / "samples", "--output_dir")
+    out = make_folder(args.output_dir or (args.run or Path("out", f"base-{Path(flags['base']).name}")) / "samples", "--output_dir")
     role = "teacher" if args.teacher else "student"
     painters = [("student", False), ("student", True), ("teacher", True)] if args.compare else [(role, not args.base_only)]
     pair = load_pair(flags["base"], token, flags["class_word"], device, flags | {"tiny_vae": args.tiny_vae}, roles={r for r, _ in painters})

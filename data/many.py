@@ -24,7 +24,7 @@ def share(argv=None):
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    p.add_argument("--concept", nargs="+", action="extend", default=[])
+    p.add_argument("--concept", nargs="+", default=[])
     for flag in ("output_dir", "resume_from_checkpoint", "device"):
         p.add_argument(f"--{flag}")
     args, rest = p.parse_known_args(argv)
@@ -38,7 +38,7 @@ def share(argv=None):
     if not folders:
         fail(f"--concept {args.concept[0]} and what follows it are no folders; give the folder that holds the photos")
     if rank == 0 and len(folders) < len(args.concept):
-        print(f"note: passed over, for they are no folders: {', '.join(c for c in args.concept if c not in folders)}")
+        print(f"note: passed over, for they are no folders: {', '.join(map(repr, (c for c in args.concept if c not in folders)))}")
     device = args.device
     if device is None and world > 1 and torch.cuda.device_count() > 1:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"

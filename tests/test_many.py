@@ -60,7 +60,7 @@ def test_of_several_concepts_each_equals_a_run_alone_and_the_same_command_goes_o
         with pytest.raises(SystemExit) as stop:
             train_script.main(command)
     said = capsys.readouterr().out
-    assert stop.value.code == 130 and "the same command as before goes on" in said and "no folders: photos/notes.txt" in said
+    assert stop.value.code == 130 and "the same command as before goes on" in said and "no folders: 'photos/notes.txt'" in said
     assert [c for c, _ in share(command)] == [cat, hat] and "latest" in share(command)[0][1] and "latest" not in share(command)[1][1]
     command.remove(hat)
     train_script.main(command)

@@ -283,9 +283,10 @@ def main(argv=None):
             write_base(folder, FULL_SIZE[ours.base])
             base = folder
         fixed = ["--base", base, "--concept", str(ROOT / "data" / "dog"), "--class_word", "dog"]
+        args = train.parse_arguments(fixed + rest)
         if ours.write:
-            return write_table(ours, train.parse_arguments(fixed + rest), ours.write)
-        report(ours, train.parse_arguments(fixed + rest), fixed + [a for a in rest if a.startswith("--train_batch_size")])
+            return write_table(ours, args, ours.write)
+        report(ours, args, [*fixed, "--train_batch_size", str(args.train_batch_size)])
 
 
 def report(ours, args, plain):
