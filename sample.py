@@ -22,7 +22,7 @@ from data.base import find_base, load_pair, load_tokenizer, pick_device, read_co
 from data.disk import fail, make_folder, refuse_foreign_bytes
 from data.images import add_png, grid, load_prompts, load_strip, to_pil
 from data.recipe import DRAWING, check_range, read_toml
-from data.run import load_run, read_run, refuse_obstacles, save_run, slug
+from data.run import file_names, load_run, read_run, refuse_obstacles, save_run, slug
 from model import compile_networks, draw
 
 
@@ -147,12 +147,13 @@ def main(argv=None):
         own = {"teacher": 16, "student": 1}[role]
         steps, who = own if args.compare and role == "teacher" else args.steps or own, role if taught else f"untouched {role}"
         print(f"{f'run {args.run}' if taught else 'base ' + flags['base']}, device {device} ({why}), {who}, {steps} step(s)")
-        for prompt in args.prompts:
-            said = prompt if taught else " ".join(prompt.replace(token, " ").split())
+        asked = {p: p if taught else " ".join(p.replace(token, " ").split()) for p in args.prompts}
+        names = dict(zip(asked, file_names(asked.values())))
+        for prompt, said in asked.items():
             start = time.perf_counter()
             drawn[prompt, who] = draw(pair, said, seeds, role == "teacher", steps, guidance, args.tiny_vae)
             seconds += time.perf_counter() - start
-            words = slug(said) + f"-{role}" * (role == "teacher") + "-base" * (args.run is not None and not taught) + f"-{steps}steps" * (steps != own)
+            words = names[prompt] + f"-{role}" * (role == "teacher") + "-base" * (args.run is not None and not taught) + f"-{steps}steps" * (steps != own)
             facts = {"prompt": said, "steps": steps, "model": who, "base": flags["base"], **({"run": args.run} if taught else {})}
             for seed, image in zip(seeds, to_pil(drawn[prompt, who])):
                 add_png(image, out / f"{words}-seed{seed}.png", facts | {"seed": seed})

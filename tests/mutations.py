@@ -74,7 +74,8 @@ MUTATIONS = [
     ("beyond white no way back", "losses.py", "outwards = (x < 0) & (grad > 0) | (x > 1) & (grad < 0)", "outwards = (x < 0) | (x > 1)", LOSSES),
     ("an echo of the round before", "train.py", "if m.echo.round != turn.round:", "if not m.echo.round:", "tests/test_echo.py"),
     ("echoes beside all photos where they should replace some", "train.py", "left = n - len(pick) if args.echo_replaces else n", "left = n", "tests/test_echo.py"),
-    ("echoes passed off as real are other samples", "train.py", "m.echo.known[k][pick]]) for k in m.heads}", "m.echo.known[k][pick - 1]]) for k in m.heads}", "tests/test_echo.py"),
+    ("echoes stand beside all photos as real", "train.py", "torch.cat([features[k][:n - len(pick)], m.echo.known[k][pick]])",
+     "torch.cat([features[k], m.echo.known[k][pick]])", "tests/test_echo.py -k critics"),
     ("pyramid not low-passed", "losses.py", "[1., 4., 6., 4., 1.]) / 16", "[0., 0., 16., 0., 0.]) / 16", LOSSES),
     ("filters not of unit norm", "losses.py", "return w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)", "return w", LOSSES),
     ("latent weight read for identity", "losses.py", "total + weights.identity_weight *", "total + weights.latent_weight *", f"{WIRING} -k identity"),
@@ -109,7 +110,7 @@ MUTATIONS = [
     ("teacher's token loaded for both", "data/run.py", "pair.student_text.row.copy_(rows[1])", "pair.student_text.row.copy_(rows[0])", f"{METHODS} -k token_of_its_own"),
     ("half files under their own name", "data/disk.py", 'part = path.with_name(f".{path.name}.part")', "part = path", "tests/test_properties.py -k old_one"),
     ("photos mirrored without being asked", "data/images.py", "torch.cat([x, x.flip(3)]) if flip else x for", "torch.cat([x, x.flip(3)]) if flip else x.flip(3) for",
-     f"{TRAIN} {INPUT} -k augmentation"),
+     f"{INPUT} -k mirrored"),
     ("mask of padding covers the photo", "data/images.py", "mask[:, top:bottom, left:right] = 1", "mask[:] = 1", f"{INPUT} -k pads"),
 ]
 

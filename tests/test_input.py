@@ -363,6 +363,14 @@ def test_every_flag_of_train_has_a_sentence_and_is_read():
         assert action.dest == "help" or read or action.dest in computed, f"--{action.dest} is never read"
 
 
+def test_photos_are_mirrored_only_where_that_is_asked():
+    photos, g = torch.rand(3, 3, 8, 8), torch.Generator().manual_seed(0)
+    x, _, _, which = Photos(photos, torch.ones(3, 1, 8, 8), flip=False, size_augmentation=False).batch(8, g)
+    assert torch.equal(x, photos[which]) and which.max() < 3
+    x, _, _, which = Photos(photos, torch.ones(3, 1, 8, 8), flip=True, size_augmentation=False).batch(32, g)
+    assert torch.equal(x, torch.cat([photos, photos.flip(3)])[which]) and which.max() >= 3 > which.min()
+
+
 @pytest.mark.parametrize("size, border", [(64, 0), (512, 0), (64, 31), (16, 7)])
 def test_size_augmentation_never_has_an_empty_mask_and_says_what_it_did(size, border):
     """border: of grey that --crop pad left at top and bottom; 31 of 64 is a panorama of 1 to 32."""

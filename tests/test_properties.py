@@ -191,7 +191,7 @@ def begins(concept, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def call(argv):
-        before, started = sorted(Path(".").rglob("*")), time.monotonic()
+        before, started, used = sorted(Path(".").rglob("*")), time.monotonic(), time.process_time()
         capsys.readouterr()
         try:
             train.main(argv)
@@ -204,7 +204,7 @@ def begins(concept, monkeypatch, capsys):
             assert stop.code == 2 and said.count("error: ") == 1 and said.count("\n") == 1, said
             assert sorted(Path(".").rglob("*")) == before, "something is left behind"
             began = False
-        assert time.monotonic() - started < 10
+        assert time.process_time() - used < 10 and time.monotonic() - started < 60, "it hangs"  # the machine may be busy
         for folder in ("out", "elsewhere"):
             shutil.rmtree(folder, ignore_errors=True)
         return began
