@@ -63,6 +63,22 @@ def test_the_counted_memory_is_what_autograd_really_keeps(bases, concept):  # no
     assert cost.count_memory(args)[2] < .7 * kept
 
 
+def test_attention_in_fp32_keeps_no_matrix_either():
+    """The student's step is in fp32, outside of autocast; CUDA's fused attention serves it too."""
+    q = torch.randn(1, 2, 256, 16, device="meta", requires_grad=True)
+    with cost.CudaAttention(), cost.Kept.watch([q]):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert cost.Kept.live <= 2 * q.nbytes < 2 * 256 * 256 * 4
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_gradient_checkpointing_recomputes_in_the_precision_of_the_forward_pass(bases, concept):  # noqa: F811
+    """The student's UNet in fp32, all else in bf16; torch compares what is recomputed with what was kept."""
+    args = script.parse_arguments([*FLAGS, "--base", str(bases["sd2"]), "--mixed_precision", "bf16", "--gradient_checkpointing"])
+    assert cost.count_memory(args)[2] > 0 and cost.CudaAutocast.depth == 0
+
+
 def test_norms_are_kept_in_fp32_as_cuda_autocast_does():
     x, norm, linear = torch.randn(2, 8, 4, 4), torch.nn.GroupNorm(2, 8), torch.nn.Linear(4, 4)
     with cost.CudaAutocast():

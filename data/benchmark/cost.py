@@ -163,12 +163,31 @@ def count_echo(args, m):
 # ---------------------------------------------------------------------------------------------------------------
 # Memory: what autograd keeps of one iteration on the meta device, under the rules by which CUDA's autocast chooses precisions
 
+class CudaAttention(TorchFunctionMode):
+    """Attention on the meta device as CUDA computes it, in any precision: no matrix of all pairs is kept."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
+        return func(*args, **kwargs)
+
+
 class CudaAutocast(TorchFunctionMode):
     """Autocast to bf16 as CUDA does it, on any device: matrix products in bf16, norms, softmax and losses in fp32."""
     LOW = {F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul,
            torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum, torch.conv2d, torch._C._nn.linear, torch.addmm}
     HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.layer_norm, torch.group_norm, F.mse_loss,
             F.cross_entropy, F.cosine_similarity, F.normalize, torch.exp, torch.Tensor.exp, torch.Tensor.square, torch.Tensor.pow}
+    depth = 0  # how many are entered
+
+    def __enter__(self):
+        CudaAutocast.depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        CudaAutocast.depth -= 1
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         dtype = torch.bfloat16 if func in self.LOW else torch.float32 if func in self.HIGH else None
@@ -178,9 +197,14 @@ class CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if dtype:
             args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in kwargs.items()}
-        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:  # which CUDA has no matrix for
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
         return func(*args, **kwargs)
+
+
+@contextmanager
+def as_cuda(half):
+    """The precisions and attention of CUDA; a backward pass runs without the modes around it, so what it recomputes enters them anew."""
+    with CudaAttention(), CudaAutocast() if half else nullcontext():
+        yield
 
 
 class Kept:
@@ -218,7 +242,7 @@ def watch_memory(m, args, half):
     def stored(module):
         return autocast() if next(module.parameters()).dtype == torch.bfloat16 else nullcontext()
 
-    with mock.patch.object(model, "as_stored", stored), Kept.watch(weights):
+    with mock.patch.object(model, "as_stored", stored), CudaAttention(), Kept.watch(weights):
         train.iteration(m, args, JOINT, 0)
     return sum(p.nbytes for p in weights), 3 * sum(p.nbytes for p in weights if p.requires_grad), Kept.most
 
@@ -226,7 +250,7 @@ def watch_memory(m, args, half):
 def count_memory(args):
     """`watch_memory` on the meta device, with the frozen weights in bf16 where a GPU would keep them so."""
     half = args.mixed_precision == "bf16"
-    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=lambda: (nullcontext(), CudaAutocast() if half else nullcontext()))
+    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=lambda: (nullcontext(), as_cuda(CudaAutocast.depth)))
     with mock.patch("torch.utils.checkpoint.checkpoint", again), mock.patch("transformers.modeling_utils.checkpoint", again):
         args, m = build_meta(args)
         for n in (m.pair.teacher, m.pair.vae, m.pair.tiny_vae, m.pair.text, *m.encoders.values()):
