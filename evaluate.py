@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from data.base import find_base, load_encoder, load_pair, pick_device
 from data.benchmark import blind, report
 from data.benchmark.run import check_methods, check_scores, read_spec, run_benchmark, templates_for
-from data.disk import fail, save_json
+from data.disk import fail, refuse_foreign_bytes, save_json
 from data.images import grid, load_photos, photo_paths, save_png, to_pil
 from data.run import load_run, read_run
 
@@ -366,6 +366,7 @@ def parser():
 
 def parse_arguments(argv=None):
     args = parser().parse_args(argv)
+    refuse_foreign_bytes(args)
     if args.benchmark:
         args.judges = args.judges or ("siglip2" if args.benchmark == "dreambench" else "embedded")
     own = [Path(args.judges, k, "config.json") for k in ("clip", "dino")] if args.judges else []

@@ -6,15 +6,16 @@
 Uses the newest run under out/ unless --run names one; writes single images and a grid into its samples/ folder.
 """
 import argparse
-import math
+import os
 import time
 
 import torch
 
-from data.base import find_base, load_pair, load_tokenizer, pick_device
-from data.disk import fail, make_folder
+from data.base import find_base, load_pair, load_tokenizer, pick_device, read_config
+from data.disk import fail, make_folder, refuse_foreign_bytes
 from data.images import grid, load_prompts, save_png, to_pil
-from data.run import load_run, read_run, save_run, slug
+from data.recipe import DRAWING, check_range
+from data.run import load_run, read_run, refuse_obstacles, save_run, slug
 from model import compile_networks, draw
 
 
@@ -40,19 +41,22 @@ def parse_arguments(argv=None):
         fail('give either --prompt, such as "a <v> dog on the beach", or --export with a folder to write to')
     if args.prompt is not None and not args.prompt.strip():
         fail('--prompt is empty; say what to draw, for example "a <v> dog on the beach"')
-    if args.rank is not None and (args.rank < 1 or args.export is None):
-        fail(f"--rank {args.rank} is the rank of an exported LoRA: give at least 1, together with --export")
-    if args.num_images < 1:
-        fail(f"--num_images must be at least 1, not {args.num_images}")
+    if args.rank is not None and args.export is None:
+        fail(f"--rank {args.rank} is the rank of an exported LoRA: give it together with --export")
+    for flag, limits in DRAWING.items():
+        check_range(limits, getattr(args, flag), f"--{flag}")
     args.steps = (16 if args.teacher else 1) if args.steps is None else args.steps
     if args.steps < 1 or not args.teacher and args.steps not in (1, 2, 4):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        fail(f"--guidance_scale must be a number from 0 up, not {args.guidance_scale}")
-    if not 0 <= args.seed < 2 ** 32:
-        fail(f"--seed must be from 0 to {2 ** 32 - 1}, not {args.seed}")
     pick_device(args.device)
+    refuse_foreign_bytes(args)
     args.run, args.flags = read_run(args.run, base=args.base)
+    teacher = find_base(args.flags["base"], args.flags).teacher
+    last = read_config(teacher, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+    if args.steps > last:
+        fail(f"--steps {args.steps} is more than the {last} timesteps of the teacher's schedule; take fewer")
+    if args.output_dir and os.path.realpath(args.output_dir) == os.path.realpath(args.flags["concept"]):
+        fail(f"--output_dir {args.output_dir} is the folder of photos, so what is drawn would become photos; choose another folder")
     return args
 
 
@@ -63,6 +67,7 @@ def main(argv=None):
     device, why = pick_device(args.device)
     if args.export:
         make_folder(args.export, "--export")
+        refuse_obstacles(args.export)
         pair = load_pair(flags["base"], token, flags["class_word"], device, flags, torch.float32)
         before = load_run(args.run, pair)
         named = [p.replace("{}", f"{token} {flags['class_word']}") for p in load_prompts(find_base(flags["base"]).prompts)["preview"][:4]]

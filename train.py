@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision
-from data.disk import fail
-from data.images import Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, save_png, to_bytes
+from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe
+from data.disk import fail, refuse_foreign_bytes
+from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_overlap, save_png,
+                         to_bytes)
 from data.progress import Progress
-from data.recipe import KEYS, RUN, check, make_parser, read_recipe
+from data.recipe import KEYS, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, hold_first_token, merge_low_rank, moves, precision, save_memory, trainable_parameters
@@ -41,6 +42,8 @@ def parse_arguments(argv=None):
     if not args.class_word:
         fail("--class_word is empty and the folder's name gives none; say what the subject is, such as --class_word dog")
     args.output_dir = args.output_dir or str(Path("out") / folder)
+    refuse_foreign_bytes(args)
+    refuse_overlap(args.output_dir, args.concept)
     try:
         resolve(args.kernels, pick_device(args.device)[0])
     except ValueError as e:
@@ -50,9 +53,7 @@ def parse_arguments(argv=None):
     for key in KEYS | RUN:
         check(key, getattr(args, key), f"--{key}")
     refuse_contradictions(args)
-    if not 0 <= args.seed < 2 ** 32:
-        fail(f"--seed must be from 0 to {2 ** 32 - 1}, not {args.seed}")
-    if args.dinov2_size < 14 or args.dinov2_size % 14:
+    if args.dinov2_size % 14:
         fail(f"--dinov2_size must be a multiple of 14, such as 224 or 518, not {args.dinov2_size}")
     check_base(args)
     return args
@@ -434,7 +435,11 @@ def announce(m, args, why, turns):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    run = Run(args, argv)
+    with Run(args, argv) as run:
+        learn(args, run)
+
+
+def learn(args, run):
     device, why = pick_device(args.device)
     check_memory(args.base, device, vars(args))
     announce_download(args.base, vars(args))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
-from data.recipe import BASES, DATA, read_toml
+from data.recipe import BASES, DATA, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
 
 
@@ -36,7 +36,7 @@ def find_base(name, flags=None):
         folder = DATA / name / entry["folder"] if "folder" in entry else None
     else:
         folder, own = Path(name), Path(name, "base.json")
-        if not own.is_file() and not all((folder / part).is_dir() for part in ("teacher", "student")):
+        if not os.path.isfile(own) and not all(os.path.isdir(folder / part) for part in ("teacher", "student")):
             fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
         entry = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
         recipe = entry.get("recipe", "emoji")
@@ -48,6 +48,20 @@ def find_base(name, flags=None):
         given["student_lora"] = None
     defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
+
+
+def read_recipe(argv):
+    """(base, {key: value}) that a command line names by --base, --teacher, --student and --recipe; every key has a value."""
+    p = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    for flag in ("base", "teacher", "student", "recipe", "train_unet"):
+        p.add_argument(f"--{flag}")
+    args, _ = p.parse_known_args(argv)
+    base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
+    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
+    recipe |= own
+    if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
+        recipe["carry"] = False  # low-rank factors of one network mean nothing in another
+    return base, recipe
 
 
 def pick_device(name="auto"):
@@ -412,6 +426,15 @@ def free_memory(device):
     return None
 
 
+def check_resolution(base, resolution, where):
+    """Refuse pixels along one side that autoencoder and UNet cannot halve; where: what the sentence names."""
+    if resolution is None:
+        return
+    step = 2 ** sum(len(read_config(source, part)["block_out_channels"]) - 1 for source, part in ((base.teacher, "vae"), (base.student, "unet")))
+    if resolution < step or resolution % step:
+        fail(f"{where} must be a multiple of {step} for this pair, not {resolution}")
+
+
 def check_base(args):
     """Refuse what the base's configs tell of a run's flags, before any weight is read."""
     base = find_base(args.base, vars(args))
@@ -420,10 +443,7 @@ def check_base(args):
         fail(f"--tiny_vae: the base {args.base} names no tiny autoencoder; leave the flag out")
     if args.mixed_precision == "fp16" and read_config(base.teacher, "scheduler", "scheduler_config.json").get("prediction_type") == "v_prediction":
         fail("--mixed_precision fp16 overflows in a v-prediction teacher (black images); use bf16 or no")
-    if args.resolution is not None:
-        step = 2 ** sum(len(read_config(source, part)["block_out_channels"]) - 1 for source, part in ((base.teacher, "vae"), (base.student, "unet")))
-        if args.resolution < step or args.resolution % step:
-            fail(f"--resolution must be a multiple of {step} for this pair, not {args.resolution}")
+    check_resolution(base, args.resolution, "--resolution")
     if not args.token.strip() or any(c.isspace() for c in args.token):
         fail(f"--token {args.token!r} must be one word without spaces, such as <v>")
     tokenizer = load_tokenizer(base.teacher)

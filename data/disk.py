@@ -12,8 +12,21 @@ def fail(message):
     """Say in one sentence what is wrong and how to mend it, and exit with code 2."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # or the sentence would stand behind a progress bar
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {readable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def readable(text):
+    """Text in one line: what has no glyph (line ends in a file's name, bytes that are no UTF-8) is shown as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def refuse_foreign_bytes(args):
+    """Texts among parsed flags must be UTF-8: they go into JSON, into file names and through tokenizers."""
+    for flag, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+                fail(f"--{flag} {text} is no UTF-8; rename the folder or type it anew")
 
 
 def make_folder(folder, flag):
@@ -22,7 +35,7 @@ def make_folder(folder, flag):
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"{flag} {folder} cannot be made ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         fail(f"{flag} {folder} cannot be written to; choose another folder")
     return Path(folder)
 

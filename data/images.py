@@ -1,4 +1,5 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -29,17 +30,37 @@ def photo_paths(folder):
     return paths
 
 
+def photo_hashes(folder):
+    """{name: SHA-256} of a concept's photos."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in photo_paths(folder)}
+
+
+def refuse_overlap(out, concept):
+    """A run's folder may not be, hold or lie in the folder of photos: its pictures would be photos of the next run."""
+    ours, photos = (Path(os.path.realpath(folder)) for folder in (out, concept))
+    if ours.is_relative_to(photos) or photos.is_relative_to(ours):
+        fail(f"--output_dir {out} and --concept {concept} are one folder or lie in each other, so pictures of the run would become "
+             "photos of the next; choose another --output_dir")
+
+
 def load_photo(path, size, crop="centre"):
     """One photo (3, size, size) and its mask (1, size, size): turned upright by EXIF, transparency on grey, antialiased.
 
     crop: "centre" takes the centre square; "pad" shrinks the whole photo onto grey, which the mask leaves out; "squash" changes its
     proportions.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for, and a device never ends
+        fail(f"{path} is a pipe or a device, not a photo; take it out")
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion would clip, not scale
+            kind, image = image.format, ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or image.mode == "I" and kind == "PNG":  # Pillow's own conversion would clip, not scale
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            elif image.mode in ("I", "F"):  # 32 bits per pixel: of their ranges only one is common knowledge
+                values = np.asarray(image)
+                if image.mode == "I" or not (values.min() >= 0 and values.max() <= 1):
+                    fail(f"{path} has 32 bits per pixel that are not numbers from 0 to 1, so nothing tells what is white; save it with 8 or 16 bits")
+                image = Image.fromarray((values * 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)

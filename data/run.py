@@ -4,14 +4,13 @@ Everything on disk is safetensors + JSON + PNG, written to a temporary name and 
 """
 import hashlib
 import json
-import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,16 +18,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from data.base import find_base
+from data.base import check_resolution, find_base, pick_device
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
-from data.images import grid, save_png, to_pil
-from data.recipe import BASES
+from data.images import grid, photo_hashes, save_png, to_pil
+from data.recipe import BASES, KEYS, RUN, check, fits
 from model import draw, to_lora
 
-FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-2"
-LORA = "pytorch_lora_weights.safetensors"
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-3"
+LORA, LOCK = "pytorch_lora_weights.safetensors", "run.lock"
+FOLDERS = {"checkpoints", "checkpoints-before", "previews", "samples", "teacher"}
+FILES = {"config.json", "unet_delta.safetensors", "learned_embeds.safetensors", LORA, LOCK, "README.md", "log.json", "losses.png",
+         "preview.png", "echo.png"}
 ROOT = Path(__file__).resolve().parents[1]
-MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "preview_steps", "checkpointing_steps", "checkpoints_total_limit"}
+MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "allow_other_bits", "preview_steps", "checkpointing_steps",
+                        "checkpoints_total_limit"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -43,9 +51,20 @@ class Run:
 
     def __init__(self, args, argv=None):
         self.args, self.argv, self.asked, self.first, self.state = args, sys.argv[1:] if argv is None else argv, [], 0, {}
-        self.handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.resumed = find_checkpoint(args) if args.resume_from_checkpoint else None
+        self.facts = {"photos": photo_hashes(args.concept), "bits": bits(args.device)}
+        self.resumed = find_checkpoint(args, self.facts) if args.resume_from_checkpoint else None
         self.out = make_folder(args.output_dir, "--output_dir")
+        refuse_obstacles(self.out)
+
+    def __enter__(self):
+        self.lock = take_lock(self.out)
+        self.handlers = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        drop_lock(self.lock)
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
 
     def restore(self, state):
         """Register all that training changes, and put back what the checkpoint to go on from holds of it."""
@@ -92,7 +111,7 @@ class Run:
 
     def checkpoint(self, step):
         path = self.out / "checkpoints" / f"step-{step:06d}.safetensors"
-        save_checkpoint(path, self.state, {"step": step, "flags": vars(self.args)})
+        save_checkpoint(path, self.state, {"step": step, "flags": vars(self.args)} | self.facts)
         if self.args.checkpoints_total_limit:
             for old in [p for p in checkpoints(self.out) if p <= path][:-self.args.checkpoints_total_limit]:
                 old.unlink()
@@ -100,11 +119,89 @@ class Run:
     def finish(self):
         """The finished run is complete without its checkpoints."""
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
 
 
-def find_checkpoint(args):
+def take_lock(out):
+    """The open file out/run.lock, which says who trains in this folder; it is refused to a second run until the first is over.
+
+    The system drops the lock of a process that ends, however it ends, so a file that a killed run left counts for nothing.
+    Windows does not, and neither does another machine tell: there a file that is left has to be deleted by hand.
+    """
+    path, me = out / LOCK, {"pid": os.getpid(), "host": platform.node()}
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            fail(f"{path} cannot be written ({error.strerror}); remove it or choose another --output_dir")
+        held = not own(file)
+        try:
+            if held or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner has just ended and removed it
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        pid, host = owner["pid"], owner["host"]
+    except (ValueError, KeyError, TypeError):  # not yet written, or its writer was killed
+        pid, host = None, me["host"]
+    if held or host != me["host"] or pid and fcntl is None:
+        file.close()
+        fail(f"--output_dir {out} belongs to a run that goes on as process {pid or '?'} on {host}; wait for it or choose another "
+             f"folder{'' if held else f' (if that run is over, delete {path})'}")
+    if pid:
+        print(f"note: process {pid}, which was killed, had left {path}; taken over")
+    file.truncate(0)
+    file.write(json.dumps(me))
+    file.flush()
+    return file
+
+
+def drop_lock(file):
+    if fcntl is None:
+        file.close()  # Windows removes no open file; elsewhere a file that was closed might be another run's by now
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
+
+
+def own(file):
+    """Lock an open file for this process alone; False if another holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def refuse_obstacles(out):
+    """Refuse, before the work and not after it, an output folder in which a folder stands where a file must go, or the reverse."""
+    for part in (Path(out), Path(out, "teacher")):
+        for path in part.iterdir() if part.is_dir() else ():
+            if path.name in FILES and path.is_dir() or path.name in FOLDERS and not path.is_dir():
+                fail(f"{path} is {'a folder' if path.is_dir() else 'a file'} in the way of the run's own; remove it or choose another folder")
+
+
+def bits(device):
+    """What decides the last bits of a run beside its flags and photos: libraries, processor and number of threads."""
+    device = pick_device(device)[0]
+    if device.type == "cpu":
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        known = dict(re.findall(r"^(\S[^\t:]*?)\s*: (.*)$", info, re.M))
+        features = sorted(f for f in known.get("flags", "").split() if f.startswith(("avx", "amx", "fma")))
+        name = " ".join([*(known.get(k, "") for k in ("vendor_id", "cpu family", "model")), torch.backends.cpu.get_cpu_capability(), *features])
+        processor = {"processor": name if features else f"{platform.processor() or platform.machine()} {name}".strip(),
+                     "threads": torch.get_num_threads()}
+    else:
+        processor = {"processor": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)}
+    return {p: version(p) for p in ("torch", "diffusers", "transformers", "pillow")} | processor
+
+
+def find_checkpoint(args, facts):
     """(path, meta, tensors) to go on from; "latest" passes over a damaged file and says so, a damaged PATH is refused."""
     latest = args.resume_from_checkpoint == "latest"
     for path in checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint)]:
@@ -118,8 +215,28 @@ def find_checkpoint(args):
         for k, v in vars(args).items():
             if k not in MAY_CHANGE_ON_RESUME and meta["flags"].get(k) != v:
                 fail(f"--{k} is {v} but {path} was made with {meta['flags'].get(k)}; give the same flags to resume")
+        check_facts(args, path, meta, facts)
         return path, meta, tensors
+    if latest and os.path.isfile(Path(args.output_dir, "config.json")):
+        fail(f"--resume_from_checkpoint: the run in {args.output_dir} is finished; draw with: python sample.py --run "
+             f"{shlex.quote(args.output_dir)} --prompt \"a {args.token} {args.class_word}\" (or leave the flag out to train anew)")
     fail(f"--resume_from_checkpoint: there is no whole checkpoint in {Path(args.output_dir, 'checkpoints')}; leave the flag out to start anew")
+
+
+def check_facts(args, path, meta, facts):
+    """Refuse to go on from a checkpoint whose photos have changed, or, unless allowed, where the bits would come out differently."""
+    then, now = meta["photos"], facts["photos"]
+    if list(then.values()) != list(now.values()):
+        odd = next(k for k in [*now, *then] if now.get(k) != then.get(k))
+        change = "is new" if odd not in then else "is gone" if odd not in now else "has changed"
+        fail(f"--concept {args.concept}: {odd} {change} since {path} was made; put the photos back as they were, "
+             "or leave --resume_from_checkpoint out to start anew")
+    odd = [k for k in facts["bits"].keys() | meta["bits"].keys() if facts["bits"].get(k) != meta["bits"].get(k)]
+    for k in sorted(odd):
+        change = f"{k} was {meta['bits'].get(k)} when {path} was made and is {facts['bits'].get(k)} here, so the last bits will differ"
+        if not args.allow_other_bits:
+            fail(f"--resume_from_checkpoint: {change} from an uninterrupted run's; go on as before, or add --allow_other_bits")
+        print(f"note: {change}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,8 +277,10 @@ def checkpoints(folder, part="checkpoints"):
 
 def read_checkpoint(path):
     """(meta, {name: tensor}) of a checkpoint; a ValueError says what is wrong with a truncated, altered or foreign file."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ValueError(f"there is no {path}")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is truncated or no safetensors file (it is no file)")
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as f:
@@ -205,8 +324,23 @@ def restore(tensors, rest, state):
 # A finished run, in the forms that other programs load: README.md in its folder shows how.
 
 def slug(prompt):
-    """A prompt as a file name that every system takes."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    """A prompt as a file name that every system takes; what it leaves out of all but plain words is told by a hash at the end."""
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if re.fullmatch(r"<?[a-z0-9]+>?( <?[a-z0-9]+>?)*", prompt) and len(name) <= 60:
+        return name
+    return f"{name[:50].strip('-') or 'picture'}-{hashlib.sha256(prompt.encode('utf-8', 'replace')).hexdigest()[:8]}"
+
+
+def file_names(prompts):
+    """A name for each of several prompts, no two of them equal: `slug`, numbered where it still meets another."""
+    names = []
+    for name in map(slug, prompts):
+        number = iter(range(2, len(prompts) + 2))
+        unique = name
+        while unique in names:
+            unique = f"{name}-{next(number)}"
+        names.append(unique)
+    return names
 
 
 def quoted(value):
@@ -275,7 +409,7 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         save_tensors(part / "unet_delta.safetensors", moved)
         save_tensors(part / LORA, lora)
         save_tensors(part / "learned_embeds.safetensors", {text.token: text.row})
-        names = [f"{slug(p)}-seed0.png" for p in shown]
+        names = [f"{name}-seed0.png" for name in file_names(shown)]
         images = torch.cat([draw(pair, p, [0], role == "teacher", guidance=flags["guidance_scale"]) for p in shown])
         for image, name in zip(to_pil(images), names):
             save_png(image, part / "samples" / name)
@@ -300,7 +434,7 @@ def read_run(folder=None, root="out", base=None):
     A run may come from anyone: of what its config names, only a base that we know or that the user names is opened.
     """
     if folder is None:
-        configs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+        configs = sorted((p for p in Path(root).glob("*/config.json") if p.is_file()), key=lambda p: p.stat().st_mtime)
         if not configs:
             fail("there is no finished run under out/; train one with: python train.py --concept data/dog")
         folder = configs[-1].parent
@@ -310,22 +444,25 @@ def read_run(folder=None, root="out", base=None):
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
         form, model, flags = read["format"], read.get("model", "student"), read["flags"]
-        wanted = {"token": str, "class_word": str, "base": str, "concept": str, "guidance_scale": (int, float)}
-        odd = [k for k, kind in wanted.items() if not isinstance(flags[k], kind) or isinstance(flags[k], bool) or flags[k] == ""]
+        odd = [k for k in ("token", "class_word", "base", "concept", "guidance_scale") if flags[k] in (None, "")]
+        odd += [k for k in flags if k in KEYS | RUN and not fits(k, flags[k])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{config} is damaged ({type(error).__name__}: {error}); train again, or name another run with --run")
     if form != FORMAT:
         fail(f"{config} was not written by this version of train.py (format {form!r}); name another run with --run")
     if model != "student":
         fail(f"--run {folder} is the teacher's half of a run; name the folder above it")
-    if odd or not 0 <= flags["guidance_scale"] < math.inf or len(flags["token"].split()) != 1:
-        fail(f"{config}: {(odd or ['token or guidance_scale'])[0]} has a value that train.py never writes; train again, or name another run with --run")
+    if odd or len(flags["token"].split()) != 1:
+        fail(f"{config}: {(odd or ['token'])[0]} has a value that train.py never writes; train again, or name another run with --run")
+    for k in flags:
+        if k in KEYS | RUN:
+            check(k, flags[k], f"{config}: {k}")
     if base is None and flags["base"] not in BASES:
         fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
     own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
     if base is None and own:
         fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
-    find_base(base or flags["base"])
+    check_resolution(find_base(base or flags["base"], flags), flags.get("resolution"), f"{config}: resolution")
     check_run(folder, flags["token"])
     return folder, flags | {"base": base or flags["base"]}
 
@@ -335,10 +472,15 @@ def check_run(folder, token):
     for part in (Path(folder), Path(folder) / "teacher"):
         for name in ("unet_delta.safetensors", "learned_embeds.safetensors"):
             try:
+                if (part / name).exists() and not (part / name).is_file():
+                    raise OSError("it is no file")
                 with safe_open(part / name, "pt") as f:
                     keys = set(f.keys())
+                    kinds = {f.get_slice(k).get_dtype() for k in keys}
             except (SafetensorError, OSError) as error:
                 fail(f"{part / name} is missing or damaged ({error}); train again, or name another run with --run")
+            if not keys or not kinds <= {"F64", "F32", "F16", "BF16"}:
+                fail(f"{part / name} holds {'integers' if keys else 'no tensor'} where trained weights belong; train again, or name another run with --run")
             if name.startswith("learned") and keys != {token}:
                 fail(f"{part / name} does not hold the token {token} that config.json names; train again, or name another run with --run")
 

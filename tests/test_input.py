@@ -20,7 +20,8 @@ import evaluate
 import sample
 import train
 from conftest import ROOT, exit_of
-from data.recipe import make_parser, read_recipe
+from data.base import read_recipe
+from data.recipe import make_parser
 from data.images import Photos, load_photos
 from data.disk import save_json, save_tensors
 
@@ -99,13 +100,46 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
     (photo("a.png", Path.mkdir), train, P, "a.png"), (photo("a.png", lambda p: os.symlink("a.png", p)), train, P, "a.png"),
     (photo("a.png", lambda p: os.symlink("gone.png", p)), train, P, "a.png"), (photo("a.png", BOMB), train, P, "million pixels"),
     (photo("a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), train, P, "a.png"),
+    (photo("a.png", os.mkfifo), train, P, "a.png is a pipe"), (photo("a.png", lambda p: os.symlink("/dev/zero", p)), train, P, "a.png is a pipe"),
+    *[(photo("a.tiff", lambda p, values=values: Image.fromarray(values).save(p)), train, P, "a.tiff has 32 bits per pixel") for values in (
+        np.full((9, 9), 200, np.int32), np.full((9, 9), 200, np.float32), np.full((9, 9), -.5, np.float32), np.full((9, 9), np.nan, np.float32))],
+    # output folders in, at and above the photos
+    *[(lambda: os.symlink("dog", "link"), train, [*D, "--output_dir", out], f"--output_dir {out}") for out in ("dog", "dog/run", ".", "link", "link/run")],
+    (lambda: os.symlink("dog", "link"), train, ["--concept", "link", "--output_dir", "dog"], "--output_dir dog"),
+    (run_folder(), sample, ["--run", "run", "--prompt", "a", "--output_dir", "./dog"], "--output_dir ./dog"),
+    # output folders with something in the way, of another run, or finished
+    (lambda: Path("out/dog/config.json").mkdir(parents=True), train, D, "out/dog/config.json is a folder"),
+    (lambda: (Path("out/dog").mkdir(parents=True), Path("out/dog/checkpoints").touch()), train, D, "out/dog/checkpoints is a file"),
+    (lambda: (Path("there/samples").mkdir(parents=True), run_folder()(), Path("there/README.md").mkdir()), sample,
+     ["--run", "run", "--export", "there"], "there/README.md is a folder"),
+    (lambda: (Path("out/dog").mkdir(parents=True), save_json("out/dog/run.lock", {"pid": 7, "host": "elsewhere"})), train, D, "process 7 on elsewhere"),
+    (run_folder(lambda: (Path("out").mkdir(), os.rename("run", "out/dog"))), train, [*D, "--resume_from_checkpoint", "latest"],
+     'is finished; draw with: python sample.py --run out/dog --prompt "a <v> dog"'),
+    # text that is no UTF-8 (as Python hands it over)
+    *[(None, train, [*D, f"--{flag}", "\udcff"], f"--{flag}") for flag in ("token", "class_word", "output_dir", "device", "base", "teacher", "recipe", "concept",
+                                                                          "resume_from_checkpoint", "kernels", "seed")],
+    (lambda: shutil.copytree("dog", "\udcff"), train, ["--concept", "\udcff"], "--concept \\udcff"),
+    *[(run_folder(), sample, ["--run", "run", "--prompt", "a", f"--{flag}", "\udcff"], f"--{flag}") for flag in ("prompt", "output_dir", "device", "base")],
+    (run_folder(), evaluate, ["--run", "run", "--device", "\udcff"], "--device"),
+    # recipes that are no files, no tables, or go in a circle
+    *[(make, train, [*D, "--recipe", "a.toml"], "a.toml") for make in (
+        lambda: os.mkfifo("a.toml"), lambda: Path("a.toml").mkdir(), lambda: Path("a.toml").write_text('extends = "a.toml"'),
+        lambda: (Path("a.toml").write_text('extends = "b.toml"'), Path("b.toml").write_text('extends = "a.toml"')),
+        lambda: Path("a.toml").write_text("extends = 3"), lambda: Path("a.toml").write_text("recipe = 3"), lambda: Path("a.toml").write_text("base = 3"),
+        lambda: Path("a.toml").write_text("teacher_lr = " + "[" * 5000), lambda: Path("a.toml").write_text("max_train_steps = 1" + "0" * 400),
+        lambda: Path("a.toml").write_text("teacher_lr = 1" + "0" * 400), lambda: Path("a.toml").write_text("train_unet = []"))],
     # flags of train out of range
     *[(None, train, D + [f"--{name}", value], f"--{name}") for name, value in (
         ("max_train_steps", 0), ("max_train_steps", "many"), ("train_batch_size", -1), ("student_lr", -1), ("student_lr", "nan"), ("teacher_lr", "inf"),
         ("max_grad_norm", 0), ("max_grad_norm", "nan"), ("echo_keep", 2), ("echo_share", -.1), ("lr_decay", 1.5), ("swd_projections", 0),
         ("guidance_scale", "inf"), ("log_steps", 0), ("checkpointing_steps", 0), ("checkpoints_total_limit", -1), ("lora_rank", 0),
+        *((name, 10 ** power) for power in (11, 20) for name in (
+            "max_train_steps", "echo_steps", "train_batch_size", "lora_rank", "swd_projections", "swd_positions", "echo_samples", "log_steps",
+            "preview_steps", "checkpointing_steps", "checkpoints_total_limit")),
+        ("resolution", 64 * 10 ** 11), ("dinov2_size", 14 * 10 ** 11), ("dinov2_size", 100),
         ("seed", -1), ("seed", 10 ** 18), ("mixed_precision", "fp64"), ("train_unet", "some"), ("unknown_flag", 1), ("student", 1),
-        ("device", "abacus"), ("device", "cpu:banana"), ("device", "cuda:99"), ("base", "nonesuch"), ("base", "dog"),
+        ("device", "abacus"), ("device", "cpu:banana"), ("device", "cuda:99"), ("base", "nonesuch"), ("base", "dog"), ("base", "x" * 5000), ("teacher", "x" * 5000), ("recipe", "x" * 5000),
+        ("resume_from_checkpoint", "x" * 5000), ("output_dir", "x" * 5000),
         ("token", "two words"), ("token", ""), ("token", "dog"), ("token", "<|endoftext|>"),
         ("class_word", " "), ("class_word", "a <v>"), ("class_word", "very " * 30 + "good dog"),
         ("output_dir", "dog/00.png"), ("output_dir", "dog/00.png/deeper"), ("output_dir", "/proc/nowhere"), ("output_dir", "x" * 300),
@@ -132,6 +166,8 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
     # flags of sample and evaluate
     *[(run_folder(), sample, ["--run", "run", *flags], named) for flags, named in (
         ([], "--prompt"), (["--prompt", "  "], "--prompt"), (["--prompt", "a", "--num_images", 0], "--num_images"), (["--prompt", "a", "--steps", 3], "--steps"),
+        (["--prompt", "a", "--num_images", 10 ** 18], "--num_images"), (["--export", "there", "--rank", 10 ** 11], "--rank"),
+        (["--prompt", "a", "--teacher", "--steps", 1001], "--steps 1001"), (["--prompt", "a", "--teacher", "--steps", 10 ** 20], "--steps"),
         (["--prompt", "a", "--teacher", "--steps", 0], "--steps"), (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale"),
         (["--prompt", "a", "--seed", -5], "--seed"), (["--prompt", "a", "--device", "abacus"], "--device"), (["--prompt", "a", "--rank", 4], "--rank"),
         (["--prompt", "a", "--export", "there"], "--export"), (["--export", "there", "--rank", 0], "--rank"), (["--export", "run/config.json"], "--export"),
@@ -152,7 +188,14 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         (run_folder(lambda: os.unlink("run/unet_delta.safetensors")), "run/unet_delta.safetensors"), (run_folder(cut("run/unet_delta.safetensors")), "run/unet_delta.safetensors"),
         (run_folder(write("run/learned_embeds.safetensors", b"")), "run/learned_embeds.safetensors"), (run_folder(set_token("run/learned_embeds.safetensors")), "<v>"),
         (run_folder(lambda: shutil.rmtree("run/teacher")), "run/teacher"), (run_folder(loop("run/unet_delta.safetensors")), "run/unet_delta.safetensors"),
-        (run_folder(loop("run/config.json")), "config.json"))],
+        (run_folder(loop("run/config.json")), "config.json"),
+        (run_folder(lambda: (os.unlink("run/config.json"), Path("run/config.json").mkdir())), "config.json"),
+        *((run_folder(resolution=size), "config.json: resolution") for size in (65, -8, 10 ** 12)), (run_folder(resolution="64"), "config.json: resolution"),
+        (run_folder(train_unet=["kv"]), "train_unet"), (run_folder(mixed_precision=3), "mixed_precision"),
+        (run_folder(lambda: save_tensors("run/unet_delta.safetensors", {})), "run/unet_delta.safetensors holds no tensor"),
+        (run_folder(lambda: save_tensors("run/teacher/unet_delta.safetensors", {"conv_in.bias": torch.zeros(96, dtype=torch.int8)})),
+         "run/teacher/unet_delta.safetensors holds integers"),
+        (run_folder(lambda: (os.unlink("run/unet_delta.safetensors"), os.mkfifo("run/unet_delta.safetensors"))), "run/unet_delta.safetensors"))],
 ]
 
 
@@ -231,6 +274,29 @@ def test_every_kind_of_image_is_read(mode, suffix):
         picture(mode).save(f"photos/a.{suffix}")
     x = load_photos("photos", 32)
     assert x.shape == (1, 3, 32, 32) and x.isfinite().all() and x.std() > .05 and x.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype, white", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_a_tiff_of_any_depth_has_the_same_colours(dtype, white):
+    Path("photos").mkdir()
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    Image.fromarray((ramp * white).astype(dtype)).save("photos/a.tiff")
+    torch.testing.assert_close(load_photos("photos", 8)[0, 0], torch.from_numpy(ramp * 2 - 1).float(), atol=.01, rtol=0)
+
+
+def test_the_cost_counts_take_a_batch_size_in_two_words(concept, monkeypatch):
+    from data.benchmark import cost
+    seen = []
+    monkeypatch.setattr(cost, "report", lambda *given: seen.append(given))
+    cost.main(["--steps", "0", "--train_batch_size", "3"])
+    (_, args, plain), = seen
+    assert args.train_batch_size == train.parse_arguments(plain).train_batch_size == 3
+
+
+def test_the_cost_counts_refuse_an_empty_batch(capsys):
+    from data.benchmark import cost
+    code, said = exit_of(cost.main, ["--steps", 0, "--train_batch_size", 0], capsys)
+    assert code == 2 and "--train_batch_size" in said
 
 
 def test_a_heic_photo_is_refused_with_what_to_do(concept, no_models, capsys):

@@ -195,6 +195,17 @@ def test_the_tail_is_its_formula_in_numpy():
     np.testing.assert_allclose(got.cpu().numpy(), (w[:, None, None] * (u - v) ** 2).sum(1).mean((1, 2)), rtol=1e-7)
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_no_gradient_reaches_the_teachers_side(impl):
+    inputs = [i.requires_grad_() for i in guided_inputs((2, 4, 3, 3))]
+    z_teacher, loss = guided_mse(*inputs, 7.5, "v_prediction", impl)
+    loss.sum().backward()
+    assert not z_teacher.requires_grad and [i.grad is not None for i in inputs[:6]] == [False, False, False, True, False, False]
+    a, b, w = (i.requires_grad_() for i in tail_inputs((2, 5, 3, 2)))
+    lpips_tail(a, b, w.detach(), impl).sum().backward()
+    assert a.grad.abs().sum() > 0 and b.grad is None
+
+
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

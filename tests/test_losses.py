@@ -44,6 +44,12 @@ def test_cielab_of_known_colours():
     torch.testing.assert_close(lab, wanted, atol=.05, rtol=0)
 
 
+def test_halving_an_image_leaves_no_trace_of_its_finest_pattern_and_keeps_flat_areas():
+    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2. - 1
+    assert losses.downsample(board.expand(1, 3, 16, 16)).abs().max() < 1e-6
+    torch.testing.assert_close(losses.downsample(torch.full((1, 3, 16, 16), .7)), torch.full((1, 3, 8, 8), .7))
+
+
 def test_sliced_wasserstein_equals_sorting_by_hand():
     x, y = torch.rand(1, 3, 24, 24, dtype=torch.float64) * 2 - 1, torch.rand(1, 3, 24, 24, dtype=torch.float64) * 2 - 1
     w = losses.random_projections(5, torch.Generator().manual_seed(0)).double()

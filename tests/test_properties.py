@@ -1,13 +1,18 @@
 """What must hold for every file and every flag, not for chosen ones. python -m pytest tests/test_properties.py"""
 import io
 import json
+import os
+import re
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save
 
@@ -15,9 +20,8 @@ import train
 from data.disk import write_atomically
 from data.images import load_photos
 from data.recipe import KEYS, RUN
-from data.run import read_checkpoint, restore, save_checkpoint, slug
+from data.run import file_names, read_checkpoint, read_run, restore, save_checkpoint, slug
 from model import low_rank
-from data.run import read_run
 from test_input import FLAGS, run_folder
 
 settings.register_profile("files", deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -59,8 +63,13 @@ def test_a_photo_of_any_size_and_mode_becomes_a_square_in_range(width, height, m
     image = Image.new("L", (width, height), colour).convert(mode) if mode != "I;16" else Image.new(mode, (width, height), colour * 257)
     with tempfile.TemporaryDirectory() as folder:
         image.save(Path(folder, "a.tiff"))
-        x = load_photos(folder, size)
+        x = or_refused(load_photos, folder, size)
+    assert (x is None) == (mode == "I" or mode == "F" and colour > 1)  # 32 bits: only from 0 to 1 it is known what is white
+    if x is None:
+        return
     assert x.shape == (1, 3, size, size) and x.abs().max() <= 1
+    if mode == "F":
+        assert (x - (2 * colour - 1)).abs().max() < 1e-6
     if mode in ("L", "RGB", "I;16"):  # the others store a colour differently
         assert (x - (colour / 127.5 - 1)).abs().max() <= 1 / 127.5 + 1e-6
 
@@ -152,6 +161,104 @@ def test_a_truncated_lora_is_the_best_of_its_rank_and_the_full_one_is_exact(out,
 @given(TEXT)
 def test_every_prompt_gives_a_file_name_that_every_system_takes(prompt):
     assert set(slug(prompt)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and 0 < len(slug(prompt)) <= 60
+
+
+@given(st.lists(st.text("aA1 <v>-,!\u72ac\u732b", max_size=6) | st.just("a <v> dog " + "and a cat " * 8), max_size=8))
+def test_no_two_prompts_have_the_same_file_name(prompts):
+    names = file_names(prompts)
+    assert len(set(names)) == len(names) == len(prompts)
+    plain = re.compile("[a-z0-9]+( [a-z0-9]+)*")
+    by_name = {}
+    for p in prompts:
+        if not plain.fullmatch(p.replace("<v>", "v")):  # even in different calls of sample.py, in one folder
+            assert by_name.setdefault(slug(p), p) == p
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whatever the flags and the photos: a run begins, or there is one sentence
+
+class Begins(Exception):
+    """All checks are passed, and `train.build` would load the models."""
+
+
+@pytest.fixture
+def begins(concept, monkeypatch, capsys):
+    """begins(argv): whether a run begins; else it was refused in one sentence, in time, and nothing was left behind."""
+    def build(*args, **more):
+        raise Begins
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train, "check_memory", lambda *a: None)  # its answer is the machine's
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def call(argv):
+        before, started = sorted(Path(".").rglob("*")), time.monotonic()
+        capsys.readouterr()
+        try:
+            train.main(argv)
+        except Begins:
+            new = set(Path(".").rglob("*")) - set(before)
+            assert not [p for p in new if not p.is_dir()], "a lock or half a file is left"
+            began = True
+        except SystemExit as stop:
+            said = capsys.readouterr().err
+            assert stop.code == 2 and said.count("error: ") == 1 and said.count("\n") == 1, said
+            assert sorted(Path(".").rglob("*")) == before, "something is left behind"
+            began = False
+        assert time.monotonic() - started < 10
+        for folder in ("out", "elsewhere"):
+            shutil.rmtree(folder, ignore_errors=True)
+        return began
+    return call
+
+
+ODD_TEXT = st.sampled_from(["", " ", "\udcff", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 30, "9" * 5000, "0x10", "1_000", "true", "x" * 5000, "../..",
+                            "~", "dog", "dog/00.png", "emoji", "kv", "lora", "latest", "/dev/zero", "/proc/self/mem", "out\n/x", "-", "--", "=", "\u0661"])
+VALUES = st.integers() | st.integers(10 ** 9, 10 ** 30) | st.floats() | ODD_TEXT | TEXT.filter(lambda t: "\0" not in t)
+
+
+def test_whatever_the_flags_a_run_begins_or_there_is_one_sentence(begins):
+    """Any flags, several at once; likely values beside odd ones, so that many runs begin."""
+    kinds = {k: kind for k, (kind, *_) in (RUN | KEYS).items() if k not in ("concept", "output_dir")}
+    began = []
+
+    def flag(name):
+        kind = kinds[name]
+        if kind is bool:
+            return st.sampled_from([[f"--{name}"], [f"--no-{name}"]]) | VALUES.map(lambda v: [f"--{name}={v}"])
+        likely = st.sampled_from(kind) if isinstance(kind, tuple) else st.integers(1, 9) if kind is int else st.floats(0, 1) if kind is float else TEXT
+        return (likely | likely | VALUES).map(lambda v: [f"--{name}={v}"])
+
+    @settings(deadline=None, max_examples=80, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.sampled_from(sorted(kinds)).flatmap(flag), max_size=3),
+           st.sampled_from([[], [], ["--output_dir", "elsewhere/x"]]) | VALUES.map(lambda v: [f"--output_dir={v}"] if not str(v).startswith(("/", "~")) else []))
+    def any_flags(flags, out):
+        began.append(begins(["--concept", "dog", *out, *(f for part in flags for f in part)]))
+    any_flags()
+    assert .1 < sum(began) / len(began) < .9
+
+
+def test_whatever_lies_in_the_folder_of_photos_a_run_begins_or_there_is_one_sentence(begins, picture):
+    kind, content = picture
+    makers = {"photo": lambda p: p.write_bytes(content), "empty": lambda p: p.touch(), "half": lambda p: p.write_bytes(content[:len(content) // 2]),
+              "text": lambda p: p.write_text("photo"), "folder": Path.mkdir, "pipe": os.mkfifo, "device": lambda p: os.symlink("/dev/zero", p),
+              "nowhere": lambda p: os.symlink("gone", p), "loop": lambda p: os.symlink(p.name, p), "sparse": lambda p: (p.touch(), os.truncate(p, 10 ** 10)),
+              "float": lambda p: Image.new("F", (4, 4), 7).save(p, "TIFF"), "unreadable": lambda p: (p.write_bytes(content), p.chmod(0))}
+    names = st.sampled_from([f"a.{kind}", f"B.{kind.upper()}", "a.png", ".hidden.png", "notes.txt", "x.heic", "\udcff.png", "a\nb.png", "\u72ac.png", "a.tiff"])
+    began = []
+
+    @settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(names, st.sampled_from(sorted(makers) + ["photo"] * len(makers)), max_size=3))
+    def any_folder(files):
+        shutil.rmtree("photos", ignore_errors=True)
+        Path("photos").mkdir()
+        for name, what in files.items():
+            makers[what](Path("photos", name))
+        began.append(begins(["--concept", "photos"]))
+        sound = [name for name in files if not name.startswith(".") and not name.endswith(".txt")]
+        if sound and all(files[name] == "photo" for name in sound) and "x.heic" not in sound:
+            assert began[-1], "a folder of sound photos was refused"
+    any_folder()
+    assert any(began) and not all(began)
 
 
 @given(st.binary(max_size=50), st.binary(max_size=50), st.booleans())

@@ -1,15 +1,19 @@
 """Runs survive signals, kills and damaged checkpoints. python -m pytest tests/test_resume.py (-m slow for fifty kills)"""
+import json
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data.run as run_script
 import train as train_script
 from conftest import ROOT, train
 from data.run import checkpoints, read_checkpoint, restore, save_checkpoint
@@ -138,6 +142,108 @@ def test_damage_of_every_kind_is_refused_by_name_before_a_model_is_loaded(concep
         assert str(path) in heard.out + heard.err and said in heard.out + heard.err
 
 
+@pytest.fixture
+def resume(concept, monkeypatch):
+    """Flags that go on from a checkpoint, and no models: what they lead to is either a sentence or `Loads`."""
+    argv = ["--concept", "dog", "--log_steps", "1", "--preview_steps", "0"]
+    with run_script.Run(train_script.parse_arguments(argv), argv) as run:
+        run.state = {"token": {"row": torch.zeros(1, 4)}}
+        run.checkpoint(1)
+
+    def load(*args, **more):
+        raise Loads
+    monkeypatch.setattr(train_script, "load_pair", load)
+    return "--resume_from_checkpoint", "latest"
+
+
+class Loads(Exception):
+    """All checks are passed and models would be loaded."""
+
+
+def test_resuming_after_a_photo_has_changed_is_refused_and_names_it(concept, resume, capsys):
+    content = (concept / "02.png").read_bytes()
+    for change, said in ((lambda: (concept / "02.png").write_bytes((concept / "01.png").read_bytes()), "02.png has changed"),
+                         (lambda: (concept / "02.png").unlink(), "02.png is gone"),
+                         (lambda: (concept / "0.png").write_bytes(content), "0.png is new")):
+        change()
+        assert stopped(*resume) == 2
+        heard = capsys.readouterr().err
+        assert said in heard and "step-000001.safetensors" in heard
+        (concept / "0.png").unlink(missing_ok=True)
+        (concept / "02.png").write_bytes(content)
+    (concept / "02.png").rename(concept / "02b.png")  # the same photo in the same place
+    with pytest.raises(Loads):
+        train(*resume)
+
+
+def test_where_the_last_bits_would_differ_a_run_goes_on_only_if_that_is_allowed(resume, monkeypatch, capsys):
+    for owner, name, value, said in ((torch, "get_num_threads", lambda: 64, "threads was 1 when"), (run_script, "version", lambda p: "0.1", "diffusers was"),
+                                     (torch.backends.cpu, "get_cpu_capability", lambda: "NEON", "NEON")):
+        with monkeypatch.context() as other:
+            other.setattr(owner, name, value)
+            assert stopped(*resume) == 2
+            heard = capsys.readouterr().err
+            assert said in heard and "--allow_other_bits" in heard
+            with pytest.raises(Loads):
+                train(*resume, "--allow_other_bits")
+            assert said in capsys.readouterr().out
+    with pytest.raises(Loads):
+        train(*resume)
+
+
+def test_a_folder_has_one_run_at_a_time_and_the_second_gets_a_sentence(concept, capsys):
+    argv = ["--concept", "dog"]
+    with run_script.Run(train_script.parse_arguments(argv), argv):
+        assert json.loads(Path("out/dog/run.lock").read_text()) == {"pid": os.getpid(), "host": platform.node()}
+        assert stopped(*SHORT) == 2
+        heard = capsys.readouterr().err
+        assert f"goes on as process {os.getpid()} on {platform.node()}" in heard and heard.count("error: ") == 1
+        assert Path("out/dog/run.lock").exists(), "the second run removed the first one's lock"
+    assert not Path("out/dog/run.lock").exists()
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over_and_removed_at_the_end(concept, capsys):
+    Path("out/dog").mkdir(parents=True)
+    for left in ({"pid": 4_000_000, "host": platform.node()}, {"pid": os.getpid(), "host": platform.node()}):  # processes' numbers come again
+        Path("out/dog/run.lock").write_text(json.dumps(left))
+        argv = ["--concept", "dog"]
+        with pytest.raises(KeyError), run_script.Run(train_script.parse_arguments(argv), argv):
+            raise KeyError  # whatever ends a run
+        assert f"process {left['pid']}, which was killed, had left out/dog/run.lock" in capsys.readouterr().out
+        assert not list(Path("out/dog").iterdir())
+    for left in ("", "{", "[]"):  # it was killed while it wrote
+        Path("out/dog/run.lock").write_text(left)
+        with run_script.Run(train_script.parse_arguments(argv), argv):
+            pass
+
+
+def test_where_no_file_can_be_locked_a_lock_that_is_left_counts(concept, monkeypatch, capsys):
+    monkeypatch.setattr(run_script, "fcntl", None)  # as on Windows
+    argv = ["--concept", "dog"]
+    with run_script.Run(train_script.parse_arguments(argv), argv):
+        assert stopped(*SHORT) == 2 and "out/dog/run.lock)" in capsys.readouterr().err
+    assert not Path("out/dog/run.lock").exists()
+
+
+def test_of_many_runs_that_want_a_folder_at_once_only_one_has_it(capsys):
+    inside, most, had = [], [], []
+
+    def want(number):
+        for _ in range(20):
+            try:
+                lock = run_script.take_lock(Path("."))
+            except SystemExit:
+                continue
+            inside.append(number)
+            most.append(len(inside))
+            had.append(number)
+            inside.remove(number)
+            run_script.drop_lock(lock)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(want, range(8)))
+    assert max(most) == 1 and len(had) >= 8 and not Path("run.lock").exists()
+
+
 def test_resuming_with_other_flags_is_refused_before_a_model_is_loaded(concept, monkeypatch, capsys):
     interrupt_at(1, monkeypatch)
     stopped(*SHORT)
@@ -203,12 +309,13 @@ def quiet_train(folder, argv):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills, capsys):
-    steps = kills + 4
-    flags = ["--concept", concept, "--max_train_steps", steps, "--echo_steps", steps // 2, "--echo_samples", 16, "--train_batch_size", 2,
+    joint, echo = kills // 2 + 4, kills // 4 + 2
+    stages = [(0, "joint"), (joint, "echo, teacher"), (joint + echo, "echo, student"), (joint + 2 * echo, "end")]  # (first iteration, name)
+    flags = ["--concept", concept, "--max_train_steps", joint, "--echo_steps", echo, "--echo_samples", 16, "--train_batch_size", 2,
              "--checkpointing_steps", 1, "--preview_steps", 4, "--log_steps", 3, "--seed", 3]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "diffusers", "transformers"])
-    chance, hit, during_write, left, seen = random.Random(kills), 0, 0, set(), {}
+    chance, hit, during_write, left, seen = random.Random(kills), 0, 0, [], {}
 
     def finished(folder):
         """Names of the checkpoints that have come so far."""
@@ -245,9 +352,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(concept, kills,
             hit += 1
             during_write += bool(list(Path(folder).rglob(".*.part")))
             there = checkpoints(f"{folder}/out/dog")
-            left |= {p.stem for p in there}
+            at = int(there[-1].stem[5:]) if there else 0
+            left.append([name for first, name in stages if first <= at][-1])
             process = start(folder, *["--resume_from_checkpoint", "latest"] * bool(there))
         assert process.exitcode == 0, Path(f"{folder}/log.txt").read_text()[-2000:]
         assert files(f"{folder}/out/dog") == files("plain/out/dog")
     with capsys.disabled():
-        print(f"\n{hit} kills in {runs} run(s), {during_write} of them during a write; {len(left)} different checkpoints were left")
+        print(f"\n{hit} kills in {runs} run(s), {during_write} of them during a write; stages: "
+              + ", ".join(f"{left.count(name)} in {name}" for _, name in stages))
+    assert kills < 50 or all(name in left for _, name in stages[:3]), "a stage was not hit"

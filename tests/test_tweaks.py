@@ -114,3 +114,9 @@ def test_every_patch_says_what_it_is_and_is_short():
         added = [line for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
         assert path.stem in [*IN_EFFECT, "choice_of_echoes", "moving_average"] and not text.startswith("---"), path.name
         assert len(added) <= 12 and text.count("\n+++ ") <= 2 and "kernels/" not in text, path.name
+
+
+def test_the_patches_that_the_readme_shows_are_these():
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line[:1] in ("+", "-") and line[1:5] == "    "]
+    patches = "".join((ROOT / "tests" / "tweaks" / f"{name}.patch").read_text() for name in ("c_of_t", "choice_of_echoes"))
+    assert len(shown) == 4 and all(f"{line}\n" in patches for line in shown)

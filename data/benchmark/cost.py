@@ -164,7 +164,16 @@ def count_echo(args, m):
 # Memory: what autograd keeps of one iteration on the meta device, under the rules by which CUDA's autocast chooses precisions
 
 class CudaAttention(TorchFunctionMode):
-    """Attention on the meta device as CUDA computes it, in any precision: no matrix of all pairs is kept."""
+    """Attention on the meta device as CUDA has it: without a matrix of all pairs."""
+    active = []  # the innermost is in force
+
+    def __enter__(self):
+        CudaAttention.active.append(type(self))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        CudaAttention.active.pop()
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -173,38 +182,21 @@ class CudaAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class CudaAutocast(TorchFunctionMode):
+class CudaAutocast(CudaAttention):
     """Autocast to bf16 as CUDA does it, on any device: matrix products in bf16, norms, softmax and losses in fp32."""
     LOW = {F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul,
            torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum, torch.conv2d, torch._C._nn.linear, torch.addmm}
     HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.layer_norm, torch.group_norm, F.mse_loss,
             F.cross_entropy, F.cosine_similarity, F.normalize, torch.exp, torch.Tensor.exp, torch.Tensor.square, torch.Tensor.pow}
-    depth = 0  # how many are entered
-
-    def __enter__(self):
-        CudaAutocast.depth += 1
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        CudaAutocast.depth -= 1
-        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         dtype = torch.bfloat16 if func in self.LOW else torch.float32 if func in self.HIGH else None
 
         def cast(x):
             return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        kwargs = kwargs or {}
         if dtype:
-            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def as_cuda(half):
-    """The precisions and attention of CUDA; a backward pass runs without the modes around it, so what it recomputes enters them anew."""
-    with CudaAttention(), CudaAutocast() if half else nullcontext():
-        yield
+            args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in (kwargs or {}).items()}
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Kept:
@@ -250,7 +242,10 @@ def watch_memory(m, args, half):
 def count_memory(args):
     """`watch_memory` on the meta device, with the frozen weights in bf16 where a GPU would keep them so."""
     half = args.mixed_precision == "bf16"
-    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=lambda: (nullcontext(), as_cuda(CudaAutocast.depth)))
+    def as_now():  # what gradient checkpointing computes again, it computes under the same rules
+        return nullcontext(), CudaAttention.active[-1]() if CudaAttention.active else nullcontext()
+
+    again = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=as_now)
     with mock.patch("torch.utils.checkpoint.checkpoint", again), mock.patch("transformers.modeling_utils.checkpoint", again):
         args, m = build_meta(args)
         for n in (m.pair.teacher, m.pair.vae, m.pair.tiny_vae, m.pair.text, *m.encoders.values()):
@@ -288,9 +283,10 @@ def main(argv=None):
             write_base(folder, FULL_SIZE[ours.base])
             base = folder
         fixed = ["--base", base, "--concept", str(ROOT / "data" / "dog"), "--class_word", "dog"]
+        args = train.parse_arguments(fixed + rest)
         if ours.write:
-            return write_table(ours, train.parse_arguments(fixed + rest), ours.write)
-        report(ours, train.parse_arguments(fixed + rest), fixed + [a for a in rest if a.startswith("--train_batch_size")])
+            return write_table(ours, args, ours.write)
+        report(ours, args, [*fixed, "--train_batch_size", str(args.train_batch_size)])
 
 
 def report(ours, args, plain):
