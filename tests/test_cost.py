@@ -111,3 +111,20 @@ def test_one_iteration_of_the_full_size_networks_runs_on_a_cpu_in_12_gb(capsys):
                 "--dinov2_size", "224", "--train_batch_size", "1"])
     out = capsys.readouterr().out
     assert "| student UNet |" in out and float(out.rsplit("-> ")[-1].split(" GB")[0]) < 12
+
+
+@pytest.mark.slow
+def test_the_readmes_memory_table_is_what_is_counted(tmp_path):
+    import shlex
+
+    from conftest import ROOT
+    full_size.write_base(tmp_path / "base", full_size.FULL_SIZE["sd-turbo"])
+    lines = (ROOT / "data/sd-turbo/README.md").read_text(encoding="utf-8").split("| flags | weights |")[1].splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines[:next(i for i, line in enumerate(lines) if not line)]]
+    assert len(rows) == 5
+    for flags, *told in rows:
+        flags = [str(ROOT / f) if f.endswith(".toml") else f for f in shlex.split(flags.replace("`", "").replace(", fp32", ""))]
+        precision = ["--mixed_precision", "no" if "--recipe" in flags else "bf16"]
+        sizes = [v / 1e9 for v in cost.count_memory(script.parse_arguments(
+            ["--base", str(tmp_path / "base"), "--concept", str(ROOT / "data/dog"), *precision, *flags]))]
+        assert [f"{v:.2f}" for v in sizes] + [f"{sum(sizes):.1f} GB"] == told[:4], flags
