@@ -146,8 +146,8 @@ class ConceptText(nn.Module):
 class Pair:
     text: ConceptText
     vae: nn.Module
-    teacher: Denoiser
-    student: Denoiser
+    teacher: Denoiser | None  # drawing needs one of the two
+    student: Denoiser | None
     student_text: ConceptText  # the same object as text, unless an ablation gives the student its own copy
     resolution: int  # pixels along one side
     tiny_vae: nn.Module | None = None  # a small decoder for the image losses and for sampling
@@ -163,7 +163,7 @@ class Pair:
 
     @property
     def latent_shape(self):
-        return self.student.unet.config.in_channels, self.resolution // self.factor, self.resolution // self.factor
+        return (self.student or self.teacher).unet.config.in_channels, self.resolution // self.factor, self.resolution // self.factor
 
     def encode(self, x, spread=False):
         """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution.

@@ -8,6 +8,7 @@ echoed back to the teacher, and the student follows it (echo stage). README.md m
 import shlex
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe
+from data.base import (announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe,
+                       unknown_words)
 from data.disk import fail, refuse_foreign_bytes
-from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_overlap, save_png,
-                         to_bytes)
+from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, photo_sizes, refuse_overlap, save_png,
+                         save_strip, to_bytes)
+from data.many import share
 from data.progress import Progress
-from data.recipe import KEYS, RUN, check, make_parser
+from data.recipe import KEYS, LENGTH, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, hold_first_token, merge_low_rank, moves, precision, save_memory, trainable_parameters
@@ -64,8 +67,12 @@ def refuse_contradictions(args):
         fail("--carry moves plain weights; use --train_unet kv, attention or all, or --no-carry")
     if args.sequential and args.echo_steps:
         fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
+    if args.echo_steps * args.echo_rounds > LENGTH:
+        fail(f"--echo_steps times --echo_rounds is more than {LENGTH}; take fewer")
     if args.echo_real_only and not args.echo_steps:
         fail("--echo_real_only is the control of an echo stage, which --echo_steps 0 switches off; leave one of them out")
+    if args.report_to == "tensorboard" and not find_spec("tensorboard"):
+        fail("--report_to tensorboard needs a package that is not installed; pip install tensorboard")
     if args.teacher_lr == args.student_lr == args.token_lr == 0:
         fail("--teacher_lr, --student_lr and --token_lr are all 0, so nothing would be learned; raise one of them")
 
@@ -127,8 +134,9 @@ def build(args, device, **loading):
         empty = pair.text([""])
     m = SimpleNamespace(
         device=device, pair=pair, encoders=encoders, heads=heads, moved=moved, rows=rows, empty=empty, echo=Echo(),
-        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts), impl=resolve(args.kernels, device)[0],
-        photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes), autocast=precision(device, args.mixed_precision),
+        name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts,
+        impl=resolve(args.kernels, device)[0], autocast=precision(device, args.mixed_precision),
+        photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
         aligns=args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0,
@@ -428,13 +436,23 @@ def announce(m, args, why, turns):
     stages = [(who, len(list(part))) for (who, _, _), part in groupby(turns, lambda turn: (turn.who, turn.stage, turn.round))]
     print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
+    for word in unknown_words(m.pair.text.tokenizer, args.class_word):
+        print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
+    sizes = photo_sizes(args.concept)
+    for path, size in sizes.items() if args.crop == "centre" else ():
+        if max(size) > 2 * min(size):
+            print(f"note: of {path}, {size[0]} x {size[1]} pixels, only the middle square is seen; --crop pad keeps the whole")
+    if m.world == "emoji" and max(map(max, sizes.values())) > 256:  # no picture that was drawn for a small world is so large
+        print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
+              "for pictures like them take --base sd-turbo, on a GPU")
     print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
     print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
     print(", then ".join(f"{length} iterations of {who}" for who, length in stages) + f", batch {args.train_batch_size}")
 
 
-def main(argv=None):
+def train(argv=None):
+    """One run."""
     args = parse_arguments(argv)
     with Run(args, argv) as run:
         learn(args, run)
@@ -463,10 +481,28 @@ def learn(args, run):
         before = {"teacher": merge_low_rank(m.pair.teacher.unet), "student": merge_low_rank(m.pair.student.unet)}
     progress.finish()
     preview(m, args, run.out / "preview.png")
+    save_strip(m.photos.photos[:min(8, m.photos.count)], run.out / "photos.png")
     save_run(run.out, m.pair, before, {k: v for k, v in vars(args).items() if k != "resume_from_checkpoint"}, m.preview[:4])
     print(f"{(time.time() - started) / 60:.1f} minutes; the result is in {run.out}: preview.png, losses.png, student and teacher weights")
     print(f'sample it: python sample.py --run {shlex.quote(str(run.out))} --prompt "a {m.name} on the beach"')
+    print("or draw while you type: python sample.py --live")
     run.finish()
+
+
+def main(argv=None):
+    """One run; or, with several concepts, those that fall to this process, one after the other. A bad one does not stop the rest."""
+    failed = []
+    for concept, own in share(argv):
+        try:
+            train(own)
+        except SystemExit as stop:
+            if concept is not None and stop.code != 2:
+                print("the same command as before goes on with all that is left")
+            if concept is None or stop.code != 2:
+                raise
+            failed.append(concept)
+    if failed:
+        fail(f"not trained: {', '.join(failed)}; the sentences above say why")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ sentence about a missing or foreign file is here.
 import inspect
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,8 +227,8 @@ def what_it_says(config):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | config).items()}
 
 
-def check_model(flag, source):
-    """Refuse what is no teacher or student at all: a file, a LoRA, half a folder, another kind of model."""
+def check_source(flag, source):
+    """Refuse what is no folder or hub repository of a model: a file, a LoRA, a name of another form."""
     if os.path.isfile(source):
         what = "a LoRA" if is_lora(Path(source)) else "one file"
         fail(f"{flag} {source} is {what}; give a whole model as a folder in the diffusers layout or a hub repository such as stabilityai/sd-turbo")
@@ -236,12 +237,16 @@ def check_model(flag, source):
             fail(f"{flag} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
     elif any(is_lora(p) for p in Path(source).glob("*.safetensors")) and not Path(source, "unet").is_dir():
         fail(f"{flag} {source} holds a LoRA, not a model; give the model that it was made for, in the diffusers layout")
+
+
+def check_model(flag, source):
+    """Refuse half a folder and another kind of model."""
     unet = read_config(source, "unet")
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
         fail(f"{flag} {source} is no Stable Diffusion 1 or 2 (its UNet is {unet.get('addition_embed_type') or unet['_class_name']}, as in SDXL); "
              "take a pair such as sd-turbo")
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        fail(f"{flag} {source} draws from {unet['in_channels']} channels, as models for inpainting or upscaling do; take one that draws from text alone")
+        fail(f"{flag} {source} draws from {unet['in_channels']} channels (in_channels), as models for inpainting or upscaling do; take one that draws from text alone")
     kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         fail(f"{flag} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
@@ -270,8 +275,9 @@ def check_pair(base):
                 fail(f"teacher {base.teacher} and student {base.student} have different {what}: {k} is {a.get(k)} and {b.get(k)}; "
                      "take a pair made from one version of Stable Diffusion")
 
-    for part, source in (("teacher", base.teacher), ("student", base.student)):
-        check_model(f"--{part}", source)
+    for check in (check_source, check_model):  # of what is fetched, nothing before both names are sound
+        for part, source in (("teacher", base.teacher), ("student", base.student)):
+            check(f"--{part}", source)
     text, vae = (what_it_says(read_config(base.teacher, part)) for part in ("text_encoder", "vae"))
     unets = [what_it_says(read_config(source, "unet")) for source in (base.teacher, base.student)]
     differ("text encoders", text, what_it_says(read_config(base.student, "text_encoder", needed=False)),
@@ -300,17 +306,28 @@ def load_tokenizer(source):
         fail(f"{found[0].parent} is no CLIP tokenizer ({str(error).splitlines()[0]}); fetch it again or give another folder")
 
 
+def unknown_words(tokenizer, text):
+    """Words of a text that a base has never read.
+
+    A small vocabulary holds each word of its world whole; what it must spell, its text encoder has not met. A vocabulary of
+    tens of thousands spells words that it knows, so it is never said to lack one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", text.lower()))
+    return [w for w in words if f"{w}</w>" not in vocabulary] if len(vocabulary) < 5000 else []
+
+
 def stored_in(device, flags):
     """What frozen weights are stored in: bf16 on an accelerator that computes in it anyway, else fp32."""
     return torch.bfloat16 if (flags or {}).get("mixed_precision") == "bf16" and torch.device(device).type != "cpu" else torch.float32
 
 
-def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, random=False):
+def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, random=False, roles=("teacher", "student")):
     """Load a base (a name of BASES or a folder with teacher/ and student/) frozen and in evaluation mode.
 
     Text encoder, tokenizer and autoencoder are the teacher's; the student brings only its UNet and scheduler.
     flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet, start_word and mixed_precision are read. dtype: of frozen
-    weights. random: see `load_part`.
+    weights. random: see `load_part`. roles: whose networks are loaded; drawing needs one.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
@@ -330,25 +347,29 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
     tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
-    denoisers = []
-    for source, scheduler, spacing in ((base.teacher, DDIMScheduler, {}), (base.student, EulerDiscreteScheduler, {"timestep_spacing": "trailing"})):
+    denoisers = {}
+    for role, scheduler, spacing in (("teacher", DDIMScheduler, {}), ("student", EulerDiscreteScheduler, {"timestep_spacing": "trailing"})):
+        source = getattr(base, role)
         folder = fetch(source, "scheduler/scheduler_config.json").parent
-        denoisers.append(Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **spacing)))
-    if base.student_lora:
+        denoisers[role] = Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **spacing)) if role in roles else None
+    if base.student_lora and denoisers["student"]:
         path = fetch_file(base.student_lora)
         try:
-            fuse_lora(denoisers[1].unet, load_file(path))
+            fuse_lora(denoisers["student"].unet, load_file(path))
         except ValueError as error:
             fail(f"{path} does not fit the student's UNet: {error}; it was made for another model")
     if torch.device(device).type == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
-        for d in denoisers:
+        for d in filter(None, denoisers.values()):
             d.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow CPU backward
     text = ConceptText(load_tokenizer(base.teacher), load(CLIPTextModel, base.teacher, "text_encoder"), token, flags.get("start_word") or class_word)
     row = text.row.data
     if torch.device(device).type == "cuda" and flags.get("mixed_precision") != "no":
         torch.backends.cuda.matmul.allow_tf32 = True  # for the student's step: as exact as fp16 (1 %), and no number too large
-    for d, stored in zip(denoisers, (dtype, torch.float32)):  # the student's step is never in bf16: see Denoiser.one_step
+    for role, d in denoisers.items():
+        if d is None:
+            continue
+        stored = dtype if role == "teacher" else torch.float32  # the student's step is never in bf16: see Denoiser.one_step
         for name, p in d.unet.named_parameters():
             p.data = p.data.to(device, torch.float32 if moves(name, flags.get("train_unet", "kv")) else stored)
         d.to(device).eval().requires_grad_(False)
@@ -356,8 +377,8 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
         if module is not None:
             module.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)  # faster convolutions
     text.row = nn.Parameter(row.to(device))
-    resolution = flags.get("resolution") or denoisers[1].unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    return Pair(text, vae, *denoisers, text, resolution, tiny)
+    size = read_config(base.student, "unet")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
+    return Pair(text, vae, denoisers["teacher"], denoisers["student"], text, flags.get("resolution") or size, tiny)
 
 
 def load_encoder(folder):

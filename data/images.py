@@ -1,5 +1,7 @@
 """Pictures in and out: reading a concept's photos, grids, loss curves. Images are (N, 3, H, W) float in [-1, 1]."""
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,8 +25,13 @@ def photo_paths(folder):
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     apple = [p for p in files if p.suffix.lower() in (".heic", ".heif")]
     if apple:
-        fail(f"{apple[0]} is a HEIC photo, which Pillow cannot read; export it as JPEG (on a phone: \"most compatible\"), or take it out")
-    paths = [p for p in files if p.suffix.lower() in SUFFIXES]
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            fail(f"{apple[0]} is a HEIC photo, which Pillow cannot read alone; pip install pillow-heif, or export it as JPEG "
+                 "(on a phone: \"most compatible\")")
+        register_heif_opener()
+    paths = [p for p in files if p.suffix.lower() in SUFFIXES or p in apple]
     if not paths:
         fail(f"--concept {folder} holds no image ({', '.join(sorted(SUFFIXES))}); put 3-6 photos of your subject there")
     return paths
@@ -83,6 +90,15 @@ def load_photo(path, size, crop="centre"):
     mask = torch.zeros(1, size, size)
     mask[:, top:bottom, left:right] = 1
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, mask
+
+
+def photo_sizes(folder):
+    """{path: (width, height)} of a concept's photos as they lie there."""
+    sizes = {}
+    for path in photo_paths(folder):
+        with Image.open(path) as image:
+            sizes[path] = image.size
+    return sizes
 
 
 def load_photos(folder, size, crop="centre", masks=False):
@@ -162,9 +178,10 @@ class Photos:
         return torch.cat(windows)
 
 
-def load_prompts(base):
-    """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject."""
-    return json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+def load_prompts(base, more=None):
+    """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject. more: of one's own, for previews."""
+    prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+    return prompts | {"preview": prompts["preview"] + (more or [])}
 
 
 def to_bytes(images):
@@ -185,18 +202,61 @@ def save_png(image, path):
     write_atomically(path, lambda part: image.save(part, format="PNG"))
 
 
-def grid(rows):
-    """PIL picture of labelled rows [(label, images (N, 3, H, W)), ...]; sizes are those of the first image, small ones doubled."""
+def add_png(image, path, text):
+    """Write a PIL image as PNG with text chunks {key: value}, as NAME-2.png, NAME-3.png where another has the name; returns where."""
+    from PIL.PngImagePlugin import PngInfo
+    info, text = PngInfo(), {k: str(v) for k, v in text.items()}
+    for key, value in text.items():
+        info.add_text(key, value)
+
+    def ours(file):  # the same picture, drawn again or left there by train.py, which says nothing in it
+        with contextlib.suppress(OSError), Image.open(file) as old:
+            return old.convert(image.mode).tobytes() == image.tobytes() and getattr(old, "text", text) in ({}, text)
+
+    names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in itertools.count(1))
+    path = next(name for name in names if not os.path.lexists(name) or ours(name))
+    write_atomically(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+    return path
+
+
+def grid(rows, columns=()):
+    """PIL picture of labelled rows [(label, images (N, 3, H, W)), ...]; sizes are those of the first image, small ones doubled.
+
+    A label may have several lines; columns: names above the pictures.
+    """
     scale = 2 if rows[0][1].shape[-1] < 128 else 1
     height, width = (s * scale for s in rows[0][1].shape[-2:])
-    margin = 12 + 6 * max(len(label) for label, _ in rows) if any(label for label, _ in rows) else 0
-    sheet = Image.new("RGB", (margin + max(len(r) for _, r in rows) * width, len(rows) * height), "white")
+    margin = 12 + 6 * max(len(line) for label, _ in rows for line in label.split("\n")) if any(label for label, _ in rows) else 0
+    top = 16 if columns else 0
+    sheet = Image.new("RGB", (margin + max(len(r) for _, r in rows) * width, top + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
+    for x, name in enumerate(columns):
+        pen.text((margin + x * width + 4, 2), name, fill="black")
     for y, (label, images) in enumerate(rows):
-        pen.text((4, y * height + height // 2 - 6), label, fill="black")
+        pen.text((4, top + y * height + height // 2 - 6 - 7 * label.count("\n")), label, fill="black")
         for x, image in enumerate(to_pil(images)):
-            sheet.paste(image.resize((width, height), Image.NEAREST), (margin + x * width, y * height))
+            sheet.paste(image.resize((width, height), Image.NEAREST), (margin + x * width, top + y * height))
     return sheet
+
+
+def save_strip(images, path):
+    """Square pictures (N, 3, S, S) side by side; `load_strip` reads them back."""
+    strip = Image.new("RGB", (len(images) * images.shape[-1], images.shape[-1]))
+    for i, image in enumerate(to_pil(images)):
+        strip.paste(image, (i * images.shape[-1], 0))
+    save_png(strip, path)
+
+
+def load_strip(path, size):
+    """The pictures (N, 3, size, size) of a strip, or None where there is none."""
+    if not Path(path).is_file():
+        return None
+    try:
+        with Image.open(path) as strip:
+            strip = strip.convert("RGB").resize((max(1, strip.width // strip.height) * size, size), Image.LANCZOS)
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        fail(f"{path} cannot be read as an image ({type(error).__name__}); remove it")
+    return (torch.from_numpy(np.array(strip)).permute(2, 0, 1).float() / 127.5 - 1).unflatten(2, (-1, size)).permute(2, 0, 1, 3)
 
 
 def curves(history, size=(320, 160)):

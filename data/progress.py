@@ -1,7 +1,9 @@
 """What a run shows while it trains: the log line, loss curves, previews, and a stop when a number is not finite."""
 import time
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data.disk import fail, save_json
@@ -23,10 +25,13 @@ class Progress:
         self.history, self.sums = [], {}  # rows of the log, and each term's values since the last row
         self.watched = []  # losses and gradients not yet looked at
         self.duels, self.first_pull, self.won = [], {}, set()  # critics against the student
-        self.started = time.time()
+        self.started, self.seen = time.time(), 0
+        self.writer, self.shown = None, set()  # of tensorboard, and the previews that it has
 
     def bar(self, steps):
-        self.started = time.time()
+        if self.args.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.out / "tensorboard", purge_step=steps.start + 1 if steps.start else None)
         self.line = tqdm(steps, initial=steps.start, total=steps.stop, mininterval=1)
         return self.line
 
@@ -41,6 +46,7 @@ class Progress:
             self.sums.setdefault(k, []).append(v)
         self.watched.append((step + 1, terms | norms))
         self.duels.append(duel)
+        self.say_how_long(step + 1)
         log_now = (step + 1) % self.args.log_steps == 0 or step + 1 == self.total
         if self.device.type == "cpu" or log_now or (step + 1) % self.args.checkpointing_steps == 0:  # on a GPU, looking makes it wait
             self.stop_if_not_finite()
@@ -49,7 +55,30 @@ class Progress:
             self.history.append({"step": step + 1, **means})
             self.line.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()))
             self.look_at_critics(step + 1)
+            if self.writer:
+                self.report(step + 1, means)
             self.sums, self.duels = {}, []
+
+    def say_how_long(self, number):
+        """Once, from five iterations after this session's first, which also warms up; the echo's are shorter."""
+        self.seen += 1
+        if self.seen == 1:
+            self.started = time.time()
+        elif self.seen == 6:
+            pace = (time.time() - self.started) / 5
+            every = [f"{part}/ every {n} iterations" for part, n in (("previews", self.args.preview_steps), ("checkpoints", self.args.checkpointing_steps))
+                     if 0 < n < self.total]
+            print(f"\nabout {pace * (self.total - number) / 60:.1f} minutes to go, {pace:.2g} s an iteration; Ctrl-C keeps what was learned. "
+                  f"{self.out} gets {', '.join([*every, 'at the end weights, samples/, preview.png, losses.png'])}")
+
+    def report(self, number, means):
+        """The losses of a log row, and the previews drawn since the last one, for tensorboard."""
+        for k, v in means.items():
+            self.writer.add_scalar(k, v, number)
+        for path in sorted((self.out / "previews").glob("*.png")):
+            if path not in self.shown:
+                self.shown.add(path)
+                self.writer.add_image("preview", np.asarray(Image.open(path)), int(path.stem), dataformats="HWC")
 
     def stop_if_not_finite(self):
         """Every loss and gradient since the last call, in the order in which they came."""
@@ -76,6 +105,9 @@ class Progress:
     def finish(self):
         save_json(self.out / "log.json", self.history)
         save_png(curves(self.history), self.out / "losses.png")
+        if self.writer:
+            self.report(self.total, {})
+            self.writer.close()
 
     def state_dict(self):
         return {"history": self.history, "sums": {k: [x.item() for x in v] for k, v in self.sums.items()}}

@@ -22,7 +22,7 @@ LENGTH, EVERY = 10 ** 6, 10 ** 9
 
 # flag of a run: (type or choices, (lowest, highest), default, what it is)
 RUN = {
-    "concept": (str, None, None, "folder of 3-6 photos of the subject (needed)"),
+    "concept": (str, None, None, "folder of 3-6 photos of the subject (needed); several are trained one after the other"),
     "class_word": (str, None, None, "the subject's ordinary noun; default: the folder's name"),
     "token": (str, None, "<v>", "the new word for the subject"),
     "output_dir": (str, None, None, "default: out/FOLDER NAME"),
@@ -42,6 +42,8 @@ RUN = {
     "seed": (int, (0, 2 ** 32 - 1), 42, "of everything; same seed, same bytes on a CPU"),
     "log_steps": (int, (1, EVERY), 10, "iterations per point of the loss curves"),
     "preview_steps": (int, (0, EVERY), 100, "iterations per preview grid; 0 draws only the last"),
+    "validation_prompt": (list, None, None, 'prompts that previews show too, such as "a <v> dog on a table"'),
+    "report_to": (("none", "tensorboard"), None, "none", "write losses and previews to OUTPUT_DIR/tensorboard, too"),
     "checkpointing_steps": (int, (1, EVERY), 100, "iterations per checkpoint"),
     "checkpoints_total_limit": (int, (0, EVERY), 2, "newest checkpoints that are kept; 0 keeps all"),
     "resume_from_checkpoint": (str, None, None, '"latest" or a file of OUTPUT_DIR/checkpoints'),
@@ -216,5 +218,5 @@ def make_parser(recipe, about):
 
 def add_flag(group, name, kind, default, what):
     how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple) else \
-        {"type": kind, "metavar": {int: "N", float: "X", str: name.split("_")[-1].upper()}[kind]}
+        {"nargs": "+", "metavar": "TEXT"} if kind is list else {"type": kind, "metavar": {int: "N", float: "X", str: name.split("_")[-1].upper()}[kind]}
     group.add_argument(f"--{name}", default=default, help=what.replace("%", "%%"), required=name == "concept", **how)

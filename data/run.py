@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from data.base import check_resolution, find_base, pick_device
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
 from data.images import grid, photo_hashes, save_png, to_pil
-from data.recipe import BASES, KEYS, RUN, check, fits
+from data.recipe import BASES, KEYS, RUN, check, fits, read_toml
 from model import draw, to_lora
 
 try:
@@ -31,12 +31,12 @@ except ImportError:
 
 FORMAT, CHECKPOINT = "echodistill-1", "echodistill-checkpoint-3"
 LORA, LOCK = "pytorch_lora_weights.safetensors", "run.lock"
-FOLDERS = {"checkpoints", "checkpoints-before", "previews", "samples", "teacher"}
+FOLDERS = {"checkpoints", "checkpoints-before", "previews", "samples", "teacher", "tensorboard"}
 FILES = {"config.json", "unet_delta.safetensors", "learned_embeds.safetensors", LORA, LOCK, "README.md", "log.json", "losses.png",
-         "preview.png", "echo.png"}
+         "preview.png", "photos.png", "echo.png"}
 ROOT = Path(__file__).resolve().parents[1]
 MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "allow_other_bits", "preview_steps", "checkpointing_steps",
-                        "checkpoints_total_limit"}
+                        "checkpoints_total_limit", "validation_prompt", "report_to"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ CARD = """# `{token}` {word}, learned by EchoDistill
 ```
 
 ![{count} prompts, seed 0](samples/grid.png)
-
+{photos}
 - `unet_delta.safetensors`: the trained UNet weights themselves, under diffusers names; exact.
 - `{lora}`: their change as a LoRA with kohya keys. {fidelity}
 - `learned_embeds.safetensors`: the token. Once loaded, a second file of the same token needs `token="..."` in `load_textual_inversion`.
@@ -366,6 +366,10 @@ CARD = """# `{token}` {word}, learned by EchoDistill
 The lines need `pip install torch diffusers transformers peft` and draw `samples/{first}`. With a Stable Diffusion base,
 ComfyUI loads the LoRA from `models/loras` and the token from `models/embeddings`; prompts then say `embedding:learned_embeds`
 instead of `{token}`.
+
+Settings: {settings}.
+
+Licence of the base: {licence}. Weights made from it are bound by it, too.
 """
 
 
@@ -389,6 +393,20 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
         f"pipe.unet.load_state_dict(load_file({quoted(part / 'unet_delta.safetensors')}), strict=False)",
         f"image = pipe({quoted(prompt)}, num_inference_steps={steps}, guidance_scale={guidance}, height={size}, width={size},",
         "             generator=torch.Generator().manual_seed(0)).images[0]", 'image.save("picture.png")'])
+
+
+def licences(base):
+    """What the models of a base come under, as a part of a card's sentence."""
+    sources = [str(source).partition("@")[0] for source in (base.teacher, base.student, base.student_lora)]
+    known = [f"{what}: {name}" for what, name in base.licences.items() if base.folder or any(s == what or s.startswith(f"{what}/") for s in sources)]
+    return "; ".join(known) or "read it where the base comes from"
+
+
+def changed_settings(flags, base):
+    """Flags of a run whose values are not those of its base's recipe, as a sentence of a card."""
+    usual = read_toml(base.recipe)["recipe"]
+    rows = [f"`{k}` {flags[k]} ({usual[k]})" for k in KEYS if k in flags and usual[k] not in (flags[k], "auto")]
+    return f"{', '.join(rows)}; in brackets the base's recipe, which holds the rest" if rows else "all as in the base's recipe"
 
 
 def save_run(folder, pair, before, flags, prompts, rank=None):
@@ -416,9 +434,12 @@ def save_run(folder, pair, before, flags, prompts, rank=None):
         save_png(grid([("", row) for row in images.split(4)]), part / "samples" / "grid.png")
         fidelity = "It holds all of it." if exact else \
             f"It leaves out {error:.2%} of the change (Frobenius norm{'' if rank is None else f', rank {rank}'}; norms and biases fit no LoRA)."
-        code = loading_code(part, role, find_base(flags["base"], flags), exact, shown[0], flags["guidance_scale"], pair.resolution)
+        base = find_base(flags["base"], flags)
+        code = loading_code(part, role, base, exact, shown[0], flags["guidance_scale"], pair.resolution)
         card = CARD.format(token=text.token, word=flags["class_word"], role=role.capitalize(), base=flags["base"], code=code,
-                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0], **versions)
+                           count=len(shown), lora=LORA, fidelity=fidelity, first=names[0],
+                           photos="\n![the photos](photos.png)\n" if (part / "photos.png").is_file() else "",
+                           settings=changed_settings(flags, base), licence=licences(base), **versions)
         save_text(part / "README.md", card)
         save_json(part / "config.json", {"format": FORMAT, "model": role, "flags": flags, "versions": versions,
                                          "lora": {"rank": rank, "left_out": error}})
@@ -458,10 +479,10 @@ def read_run(folder=None, root="out", base=None):
         if k in KEYS | RUN:
             check(k, flags[k], f"{config}: {k}")
     if base is None and flags["base"] not in BASES:
-        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --base with that folder")
+        fail(f"{config} names the base {flags['base']}, a folder outside the run; if you trust it, add --run {folder} --base with that folder")
     own = [flags[part] for part in ("teacher", "student") if flags.get(part)]
     if base is None and own:
-        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --base {flags['base']}")
+        fail(f"{config} names {own[0]}, which is not a part of the base {flags['base']}; if you trust it, add --run {folder} --base {flags['base']}")
     check_resolution(find_base(base or flags["base"], flags), flags.get("resolution"), f"{config}: resolution")
     check_run(folder, flags["token"])
     return folder, flags | {"base": base or flags["base"]}
@@ -490,13 +511,14 @@ def load_run(folder, pair):
     """Put a run's weights and token into a freshly loaded pair; returns the weights they replace, as `save_run` wants them."""
     folder, before, rows = Path(folder), {}, []
     for role, part, denoiser in (("teacher", folder / "teacher", pair.teacher), ("student", folder, pair.student)):
-        delta, row = load_file(part / "unet_delta.safetensors"), load_file(part / "learned_embeds.safetensors")[pair.text.token]
-        weights = denoiser.unet.state_dict()
+        row = load_file(part / "learned_embeds.safetensors")[pair.text.token]
+        delta, weights = (load_file(part / "unet_delta.safetensors"), denoiser.unet.state_dict()) if denoiser else ({}, {})
         odd = [k for k, v in delta.items() if k not in weights or weights[k].shape != v.shape or not v.isfinite().all()]
         if odd or row.shape != pair.text.row.shape or not row.isfinite().all():
             fail(f"{part} does not fit this base: {odd[0] if odd else pair.text.token} has another name, shape or no finite values; name another run with --run")
         before[role] = {k: weights[k].cpu().clone() for k in delta}
-        denoiser.unet.load_state_dict(delta, strict=False)
+        if denoiser:
+            denoiser.unet.load_state_dict(delta, strict=False)
         rows.append(row)
     pair.text.row.copy_(rows[0])
     if not torch.equal(*rows):

@@ -147,6 +147,8 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         ("resume_from_checkpoint", "dog"))],
     # flags of train that contradict each other
     (None, train, D + ["--echo_real_only", "--echo_steps", 0], "--echo_real_only"),
+    (None, train, D + ["--echo_rounds", 1000, "--echo_steps", 10 ** 6], "--echo_rounds"), (None, train, D + ["--echo_rounds", 10 ** 11], "--echo_rounds"),
+    (None, train, D + ["--mask_erosion", 10 ** 11], "--mask_erosion"), (None, train, D + ["--critic_views", 10 ** 11], "--critic_views"),
     (None, train, D + ["--teacher_lr", 0, "--student_lr", 0, "--token_lr", 0], "--teacher_lr"),
     (None, train, D + ["--mixed_precision", "fp16"], "--mixed_precision fp16"), (None, train, D + ["--sequential"], "--echo_steps 0"),
     (None, train, D + ["--transplant", "--train_unet", "lora"], "--transplant"),
@@ -214,7 +216,7 @@ def test_bad_input_is_refused_in_one_sentence(make, script, argv, named, concept
 
 
 @pytest.mark.parametrize("prompt, said", [("a dog", "does not hold <v>"), ("a <v> dog " + "and another one " * 20, "tokens and the model reads 24"),
-                                          ("\u72ac <v> \u0441\u043e\u0431\u0430\u043a\u0430", None)])
+                                          ("\u72ac <v> \u0441\u043e\u0431\u0430\u043a\u0430", "does not know '\u72ac'"), ("a <v> dog", None)])
 def test_odd_prompts_are_drawn_and_said_to_be_odd(prompt, said, monkeypatch, capsys):
     run_folder()()
     monkeypatch.setattr(sample, "load_run", lambda *a: None)
@@ -228,7 +230,7 @@ def test_odd_prompts_are_drawn_and_said_to_be_odd(prompt, said, monkeypatch, cap
                                           ("run", {"conv_in.bias": torch.full((96,), torch.nan)})], ids=["name", "shape", "nan"])
 def test_weights_that_do_not_fit_the_base_are_refused(part, spoilt, capsys):
     run_folder(lambda: save_file(spoilt, Path(part, "unet_delta.safetensors")))()
-    code, said = exit_of(sample.main, ["--prompt", "a <v> dog", "--run", "run"], capsys)
+    code, said = exit_of(sample.main, ["--prompt", "a <v> dog", "--run", "run", *["--teacher"] * part.endswith("teacher")], capsys)
     assert code == 2 and part in said and next(iter(spoilt)) in said
 
 

@@ -105,7 +105,7 @@ def test_both_stages_run_and_move_the_right_parameters(family, flags, bases, con
 def test_sampling_a_real_style_run_works_with_either_decoder(bases, concept):
     train("--base", bases["sd2"], *SHORT, "--echo_steps", 0)
     for name, flags in (("full", ()), ("tiny", ("--tiny_vae",)), ("four", ("--steps", "4")), ("teacher", ("--teacher", "--steps", "3"))):
-        sample_script.main(["--prompt", "a <v> dog", "--num_images", "2", "--output_dir", name, "--base", str(bases["sd2"]), *flags])
+        sample_script.main(["--prompt", "a <v> dog", "--num_images", "2", "--output_dir", name, "--run", "out/dog", "--base", str(bases["sd2"]), *flags])
     pictures = [p.read_bytes() for p in Path().glob("*/a-v-dog*seed*.png")]
     assert len(pictures) == len(set(pictures)) == 8
 
@@ -115,7 +115,7 @@ def test_a_plain_diffusers_pipeline_draws_what_sample_draws(bases, concept):
     from diffusers import StableDiffusionPipeline
     from PIL import Image
     run = train("--base", bases["sd2"], *SHORT, "--echo_steps", 0, "--student_lr", .01)
-    sample_script.main(["--prompt", "a <v> dog", "--num_images", "1", "--base", str(bases["sd2"])])
+    sample_script.main(["--prompt", "a <v> dog", "--num_images", "1", "--run", str(run), "--base", str(bases["sd2"])])
     pair = load_pair(bases["sd2"], "<unused>", "dog")
     tokenizer = load_tokenizer(bases["sd2"] / "teacher")
     from transformers import CLIPTextModel

@@ -112,7 +112,7 @@ def test_a_run_leaves_pictures_json_and_safetensors_and_no_pickle(concept):
     half = {"README.md", "config.json", "unet_delta.safetensors", "learned_embeds.safetensors", "pytorch_lora_weights.safetensors",
             *(f"samples/{name}.png" for name in ("grid", "a-v-dog-seed0", "a-v-dog-on-the-beach-seed0"))}
     assert files == half | {f"teacher/{name}" for name in half} | {
-        "samples/a-v-dog-in-the-snow-seed0.png", "samples/a-v-dog-at-night-seed0.png", "log.json", "losses.png", "preview.png", "echo.png",
+        "samples/a-v-dog-in-the-snow-seed0.png", "samples/a-v-dog-at-night-seed0.png", "log.json", "losses.png", "preview.png", "photos.png", "echo.png",
         "previews/00002.png", "previews/00004.png", "previews/00006.png", "previews/00008.png"}
     assert Image.open(run / "preview.png").width > 8 * 128
     flags = json.loads((run / "config.json").read_text())["flags"]
