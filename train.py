@@ -24,7 +24,7 @@ from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load
                          save_strip, to_bytes)
 from data.many import share
 from data.progress import Progress
-from data.recipe import KEYS, RUN, check, make_parser
+from data.recipe import KEYS, LENGTH, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
 from model import Critic, View, compile_networks, hold_first_token, merge_low_rank, moves, precision, save_memory, trainable_parameters
@@ -67,6 +67,8 @@ def refuse_contradictions(args):
         fail("--carry moves plain weights; use --train_unet kv, attention or all, or --no-carry")
     if args.sequential and args.echo_steps:
         fail("--sequential is a baseline without an echo stage; add --echo_steps 0")
+    if args.echo_steps * args.echo_rounds > LENGTH:
+        fail(f"--echo_steps times --echo_rounds is more than {LENGTH}; take fewer")
     if args.echo_real_only and not args.echo_steps:
         fail("--echo_real_only is the control of an echo stage, which --echo_steps 0 switches off; leave one of them out")
     if args.report_to == "tensorboard" and not find_spec("tensorboard"):

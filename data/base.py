@@ -227,8 +227,8 @@ def what_it_says(config):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | config).items()}
 
 
-def check_model(flag, source):
-    """Refuse what is no teacher or student at all: a file, a LoRA, half a folder, another kind of model."""
+def check_source(flag, source):
+    """Refuse what is no folder or hub repository of a model: a file, a LoRA, a name of another form."""
     if os.path.isfile(source):
         what = "a LoRA" if is_lora(Path(source)) else "one file"
         fail(f"{flag} {source} is {what}; give a whole model as a folder in the diffusers layout or a hub repository such as stabilityai/sd-turbo")
@@ -237,12 +237,16 @@ def check_model(flag, source):
             fail(f"{flag} {source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo")
     elif any(is_lora(p) for p in Path(source).glob("*.safetensors")) and not Path(source, "unet").is_dir():
         fail(f"{flag} {source} holds a LoRA, not a model; give the model that it was made for, in the diffusers layout")
+
+
+def check_model(flag, source):
+    """Refuse half a folder and another kind of model."""
     unet = read_config(source, "unet")
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
         fail(f"{flag} {source} is no Stable Diffusion 1 or 2 (its UNet is {unet.get('addition_embed_type') or unet['_class_name']}, as in SDXL); "
              "take a pair such as sd-turbo")
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        fail(f"{flag} {source} draws from {unet['in_channels']} channels, as models for inpainting or upscaling do; take one that draws from text alone")
+        fail(f"{flag} {source} draws from {unet['in_channels']} channels (in_channels), as models for inpainting or upscaling do; take one that draws from text alone")
     kind = read_config(source, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         fail(f"{flag} {source} predicts {kind!r}; take a model that predicts epsilon or v_prediction")
@@ -271,8 +275,9 @@ def check_pair(base):
                 fail(f"teacher {base.teacher} and student {base.student} have different {what}: {k} is {a.get(k)} and {b.get(k)}; "
                      "take a pair made from one version of Stable Diffusion")
 
-    for part, source in (("teacher", base.teacher), ("student", base.student)):
-        check_model(f"--{part}", source)
+    for check in (check_source, check_model):  # of what is fetched, nothing before both names are sound
+        for part, source in (("teacher", base.teacher), ("student", base.student)):
+            check(f"--{part}", source)
     text, vae = (what_it_says(read_config(base.teacher, part)) for part in ("text_encoder", "vae"))
     unets = [what_it_says(read_config(source, "unet")) for source in (base.teacher, base.student)]
     differ("text encoders", text, what_it_says(read_config(base.student, "text_encoder", needed=False)),
