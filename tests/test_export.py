@@ -91,7 +91,7 @@ def test_the_cards_lines_draw_what_sample_draws_with_weights_loaded_as_a_lora(ti
     assert levels(picture, ours) <= 1 < levels(base, ours)
     sample_script.main(["--prompt", PROMPTS[0], "--run", str(run), "--base", "tiny", "--num_images", "1", "--output_dir", "drawn", *["--teacher"] * bool(part)])
     drawn, = Path("drawn").glob("*-seed0.png")
-    assert drawn.read_bytes() == ours.read_bytes()
+    assert levels(drawn, ours) == 0
 
 
 def test_every_linear_and_convolution_loads_as_a_lora(tiny):
