@@ -35,9 +35,10 @@ from data.run import load_run, read_run
 # mean and deviation of what the encoders read
 CLIP = ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
 IMAGENET, HALF = ([.485, .456, .406], [.229, .224, .225]), ([.5, .5, .5], [.5, .5, .5])
-JUDGES = {  # CLIP-T and CLIP-I by the first, "DINO" by the second: (hub id or folder, input side, statistics)
+JUDGES = {  # CLIP-T and CLIP-I by the first, "DINO" by the second: (hub id[@revision] or folder, input side, statistics)
     "paper": (("openai/clip-vit-large-patch14-336", 336, CLIP), ("facebook/dinov2-large", 224, IMAGENET)),
-    "dreambooth": (("openai/clip-vit-base-patch32", 224, CLIP), ("facebook/dino-vits16", 224, IMAGENET)),
+    "dreambooth": (("openai/clip-vit-base-patch32", 224, CLIP),
+                   ("facebook/dino-vits16@a7a4d161f5c0bd70478c05ca5777ec7cd8848021", 224, IMAGENET)),  # it holds safetensors
     "siglip2": (("google/siglip2-base-patch16-224", 224, HALF),) * 2,  # no training loss looks through it
 }
 
@@ -72,10 +73,11 @@ class HubJudge(torch.nn.Module):
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
         self.source, self.size = source, size
-        model = AutoModel.from_pretrained(source, use_safetensors=True)
+        name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
+        model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True)
         self.model = model.to(device).eval().requires_grad_(False)
         reads = hasattr(self.model, "get_text_features")
-        self.tokenizer = AutoTokenizer.from_pretrained(source) if reads else None
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main") if reads else None
         self.register_buffer("mean", torch.tensor(statistics[0]).view(3, 1, 1).to(device))
         self.register_buffer("deviation", torch.tensor(statistics[1]).view(3, 1, 1).to(device))
 

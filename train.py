@@ -95,11 +95,11 @@ def plan(args):
 
 
 class Echo:
-    """The student's samples that the teacher hears: images (N, 3, H, W) uint8, their prompts, and what the frozen networks say of
-    them ("z", and features for critics); empty until gathered, anew in each round."""
+    """The student's samples that the teacher hears: images (N, 3, H, W) uint8, their prompts, latents, and features {critic:
+    (N, width)}; empty until gathered, anew in each round."""
 
     def __init__(self):
-        self.images, self.prompts, self.round, self.known = None, [], 0, {}
+        self.images, self.prompts, self.round, self.z, self.features = None, [], 0, None, {}
 
     def state_dict(self):
         return {} if self.images is None else {"images": self.images, "prompts": self.prompts, "round": self.round}
@@ -232,7 +232,7 @@ def with_echo(m, args, photos, step):
     t = timesteps(m, len(pick), g, args.echo_noise)  # layout, not detail
     eps = torch.randn(len(pick), *m.pair.latent_shape, generator=g).to(m.device)
     left = n - len(pick) if args.echo_replaces else n
-    echoes = m.echo.known["z"][pick], eps, t, [m.echo.prompts[i] for i in pick.tolist()]
+    echoes = m.echo.z[pick], eps, t, [m.echo.prompts[i] for i in pick.tolist()]
     return [a[:left] + b if isinstance(a, list) else torch.cat([a[:left], b]) for a, b in zip(photos, echoes)], left
 
 
@@ -240,7 +240,7 @@ def passed_off_as_real(m, args, features, step):
     """The photos' features {critic: (n, width)} with those of echoes in place of the last of them."""
     n = len(next(iter(features.values())))
     pick = torch.randint(len(m.echo.prompts), (max(1, round(args.echo_share * n)),), generator=apart(args, step, 3))
-    return {k: torch.cat([features[k][:n - len(pick)], m.echo.known[k][pick]]) for k in m.heads}
+    return {k: torch.cat([features[k][:n - len(pick)], m.echo.features[k][pick]]) for k in m.heads}
 
 
 def student_prompts(m, args, n, g, photos):
@@ -412,11 +412,12 @@ def gather_echo(m, args, path, turn):
 @torch.no_grad()
 def listen(m, args, turn, out):
     """Have this round's echo ready: gather it unless a checkpoint brought it, and study it; `out` is the run's folder."""
-    if m.echo.known and m.echo.round == turn.round or turn.who == "student" and not args.echo_is_real:
+    if m.echo.z is not None and m.echo.round == turn.round or turn.who == "student" and not args.echo_is_real:
         return
     if m.echo.round != turn.round:
         gather_echo(m, args, out / ("echo.png" if turn.round == 1 else f"echo-{turn.round}.png"), turn)
-    m.echo.known = study(m, from_bytes(m.echo.images), m.heads if args.echo_is_real else [])
+    m.echo.features = study(m, from_bytes(m.echo.images), m.heads if args.echo_is_real else [])
+    m.echo.z = m.echo.features["z"]
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ MUTATIONS = [
     ("beyond white no way back", "losses.py", "outwards = (x < 0) & (grad > 0) | (x > 1) & (grad < 0)", "outwards = (x < 0) | (x > 1)", LOSSES),
     ("an echo of the round before", "train.py", "if m.echo.round != turn.round:", "if not m.echo.round:", "tests/test_echo.py"),
     ("echoes beside all photos where they should replace some", "train.py", "left = n - len(pick) if args.echo_replaces else n", "left = n", "tests/test_echo.py"),
-    ("echoes passed off as real are other samples", "train.py", "m.echo.known[k][pick]]) for k in m.heads}", "m.echo.known[k][pick - 1]]) for k in m.heads}", "tests/test_echo.py"),
+    ("echoes passed off as real are other samples", "train.py", "m.echo.features[k][pick]]) for k in m.heads}", "m.echo.features[k][pick - 1]]) for k in m.heads}", "tests/test_echo.py"),
     ("pyramid not low-passed", "losses.py", "[1., 4., 6., 4., 1.]) / 16", "[0., 0., 16., 0., 0.]) / 16", LOSSES),
     ("filters not of unit norm", "losses.py", "return w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)", "return w", LOSSES),
     ("latent weight read for identity", "losses.py", "total + weights.identity_weight *", "total + weights.latent_weight *", f"{WIRING} -k identity"),

@@ -63,6 +63,22 @@ def test_the_counted_memory_is_what_autograd_really_keeps(bases, concept):  # no
     assert cost.count_memory(args)[2] < .7 * kept
 
 
+def test_attention_in_fp32_keeps_no_matrix_either():
+    """The student's step is in fp32, outside of autocast; CUDA's fused attention serves it too."""
+    q = torch.randn(1, 2, 256, 16, device="meta", requires_grad=True)
+    with cost.CudaAttention(), cost.Kept.watch([q]):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert cost.Kept.live <= 2 * q.nbytes < 2 * 256 * 256 * 4
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_gradient_checkpointing_recomputes_in_the_precision_of_the_forward_pass(bases, concept):  # noqa: F811
+    """The student's UNet in fp32, all else in bf16; torch compares what is recomputed with what was kept."""
+    args = script.parse_arguments([*FLAGS, "--base", str(bases["sd2"]), "--mixed_precision", "bf16", "--gradient_checkpointing"])
+    assert cost.count_memory(args)[2] > 0 and not cost.CudaAttention.active
+
+
 def test_norms_are_kept_in_fp32_as_cuda_autocast_does():
     x, norm, linear = torch.randn(2, 8, 4, 4), torch.nn.GroupNorm(2, 8), torch.nn.Linear(4, 4)
     with cost.CudaAutocast():
@@ -95,3 +111,20 @@ def test_one_iteration_of_the_full_size_networks_runs_on_a_cpu_in_12_gb(capsys):
                 "--dinov2_size", "224", "--train_batch_size", "1"])
     out = capsys.readouterr().out
     assert "| student UNet |" in out and float(out.rsplit("-> ")[-1].split(" GB")[0]) < 12
+
+
+@pytest.mark.slow
+def test_the_readmes_memory_table_is_what_is_counted(tmp_path):
+    import shlex
+
+    from conftest import ROOT
+    full_size.write_base(tmp_path / "base", full_size.FULL_SIZE["sd-turbo"])
+    lines = (ROOT / "data/sd-turbo/README.md").read_text(encoding="utf-8").split("| flags | weights |")[1].splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines[:next(i for i, line in enumerate(lines) if not line)]]
+    assert len(rows) == 5
+    for flags, *told in rows:
+        flags = [str(ROOT / f) if f.endswith(".toml") else f for f in shlex.split(flags.replace("`", "").replace(", fp32", ""))]
+        precision = ["--mixed_precision", "no" if "--recipe" in flags else "bf16"]
+        sizes = [v / 1e9 for v in cost.count_memory(script.parse_arguments(
+            ["--base", str(tmp_path / "base"), "--concept", str(ROOT / "data/dog"), *precision, *flags]))]
+        assert [f"{v:.2f}" for v in sizes] + [f"{sum(sizes):.1f} GB"] == told[:4], flags

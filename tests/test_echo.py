@@ -55,7 +55,7 @@ def test_echoes_stand_as_real_before_the_critics_while_the_student_follows(conce
 
     def look(m, args, features, step):
         mixed = critic(m, args, features, step)
-        real.append((m.echo.known, features, mixed))
+        real.append((m.echo.features, features, mixed))
         return mixed
     monkeypatch.setattr(script, "passed_off_as_real", look)
     train(*SHORT)
@@ -111,7 +111,7 @@ def test_echoes_are_kept_as_bytes(concept):
     script.listen(m, args, turn, Path("."))
     state = m.echo.state_dict()
     assert state["images"].dtype == torch.uint8 and state["round"] == 1 and len(state["prompts"]) == len(state["images"])
-    z, m.echo = m.echo.known["z"], echo
+    z, m.echo = m.echo.z, echo
     m.echo.load_state_dict(state)
     script.listen(m, args, turn, Path("."))
-    assert torch.equal(m.echo.known["z"], z)
+    assert torch.equal(m.echo.z, z)

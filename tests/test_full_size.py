@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 EVERY_LOSS = ("--lpips_weight", ".1", "--denoising_weight", ".1", "--scene_adversarial_weight", ".5", "--scene_prompts", ".5")
 FLAGS = ("--base", "sd-turbo", "--concept", "dog", "--class_word", "corgi", "--max_train_steps", "2", "--echo_steps", "1", "--echo_samples", "4",
-         "--echo_keep", ".5", "--echo_is_real", "--train_batch_size", "1", "--gradient_checkpointing", "--critic_views", "1", "--preview_steps", "0",
+         "--echo_keep", ".5", "--echo_is_real", "--train_batch_size", "1", "--no-flip", "--gradient_checkpointing", "--critic_views", "1", "--preview_steps", "0",
          "--log_steps", "1", *EVERY_LOSS)
 PROMPT = "a <v> corgi on the beach"
 

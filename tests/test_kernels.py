@@ -372,3 +372,14 @@ def test_training_with_either_implementation_has_the_same_losses_and_gradients(c
     for a, b in zip(*gradients.values()):
         assert (a - b).norm() < .02 * a.norm()
     assert not torch.equal(gradients["torch"][1], gradients["triton"][1]), "the flag changed nothing"
+
+
+@pytest.mark.parametrize("noise, low, cosine", [(.05, .005, .97), (.008, .06, .85)])
+def test_cells_err_on_nearly_equal_images_as_little_as_the_docstring_says(noise, low, cosine):
+    from data.images import load_photos
+    g = torch.Generator().manual_seed(0)
+    x = (load_photos(ROOT / "data" / "dog", 64)[:1] + 1) / 2
+    filters, y = losses.random_projections(32, g), (x + noise * torch.randn(x.shape, generator=g)).clamp(0, 1)
+    a, b = losses.srgb_to_lab(x).requires_grad_(), losses.srgb_to_lab(y)
+    (exact, g1), (cells, g2) = ((v, torch.autograd.grad(v.sum(), a)[0]) for v in (sliced_wasserstein(a, b, filters, impl=i) for i in ("torch", "cells")))
+    assert 0 <= 1 - cells / exact < low and torch.nn.functional.cosine_similarity(g1.flatten(), g2.flatten(), dim=0) > cosine

@@ -21,7 +21,7 @@ def made(concept):
                      token_lr=1e-4, kv_rate=1) | OFF | flags
         args = train.parse_arguments(["--concept", "dog", "--no-carry", *(f"--{k}={v}" for k, v in flags.items()), *switches])
         m = train.build(args, torch.device("cpu"))
-        m.echo.known, m.echo.prompts = {"z": torch.randn(4, *m.pair.latent_shape, generator=torch.Generator().manual_seed(7))}, ["a <v> dog"] * 4
+        m.echo.z, m.echo.prompts = torch.randn(4, *m.pair.latent_shape, generator=torch.Generator().manual_seed(7)), ["a <v> dog"] * 4
         return m, args
     return make
 
@@ -162,7 +162,7 @@ def test_a_padded_photo_counts_only_where_it_is_and_an_echo_everywhere(made, con
     train.iteration(m, args, HEARS, 0)
     (photo, aim, mask), (echo, echo_aim) = seen
     assert len(photo) == len(mask) == len(echo) == 2 and torch.equal(torch.cat([aim, echo_aim]), m.pair.teacher.target(*noised[0]))
-    assert all(any(torch.equal(z, known) for known in m.echo.known["z"]) for z in noised[0][0][2:])
+    assert all(any(torch.equal(z, known) for known in m.echo.z) for z in noised[0][0][2:])
     assert mask.shape[1:] == (1, *m.pair.latent_shape[1:]) and mask[:, :, 3:5].min() == 1 and mask[:, :, :3].max() == 0 == mask[:, :, 5:].max()
 
 

@@ -150,7 +150,7 @@ def count_echo(args, m):
             m.encoders[k].features(x)
     drawn = counter.get_total_flops()
     args = argparse.Namespace(**vars(args))
-    m.echo.known, m.echo.prompts = {"z": torch.randn(8, *pair.latent_shape, device="meta")}, ["a <v> dog"] * 8
+    m.echo.z, m.echo.prompts = torch.randn(8, *pair.latent_shape, device="meta"), ["a <v> dog"] * 8
     heard = []
     for real_only in (True, False):
         args.echo_real_only = real_only
