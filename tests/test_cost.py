@@ -8,6 +8,7 @@ from conftest import train
 from data.base import load_pair
 from data.benchmark import cost, full_size
 from model import trainable_parameters
+from test_export import COMFYUI
 from test_sd import bases  # noqa: F401 (a fixture)
 
 FLAGS = ["--concept", "dog", "--train_batch_size", "2", "--dinov2_size", "42", "--swd_projections", "16", "--mixed_precision", "no"]
@@ -95,6 +96,7 @@ def test_full_size_configs_have_the_known_numbers_of_weights(tmp_path):
         assert [round(s) for s in sizes] == [unet, unet, 84, text] and pair.resolution == 512 and pair.latent_shape == (4, 64, 64)
     kv = trainable_parameters(load_pair(tmp_path / "sd-turbo", "<v>", "dog", "meta", dtype=torch.float32, random=True).teacher.unet, "kv")
     assert len(kv) == 32 and round(sum(p.numel() for p in kv.values()) / 1e6, 1) == 25.6
+    assert {"lora_unet_" + k.removesuffix(".weight").replace(".", "_") for k in kv} == set(COMFYUI), "what ComfyUI's key map has for this layout"
 
 
 def test_the_bench_times_parts_memory_and_sampling(bases, capsys):  # noqa: F811

@@ -48,6 +48,11 @@ def cache(pair_folders, tmp_path_factory):
     return cache
 
 
+@pytest.fixture(autouse=True)
+def no_preview(monkeypatch):
+    monkeypatch.setattr(train_script, "preview", lambda *a: None)
+
+
 @pytest.fixture
 def offline(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
