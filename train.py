@@ -9,7 +9,6 @@ import shlex
 import time
 from collections import namedtuple
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from data.base import (announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device, pick_precision, read_recipe,
-                       unknown_words)
+from data.base import (announce_download, check_base, check_memory, find_base, load_encoders, load_pair, pick_device,
+                       pick_precision, read_recipe)
 from data.disk import fail, refuse_foreign_bytes
-from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, photo_sizes, refuse_overlap, save_png,
+from data.images import (Photos, from_bytes, grid, load_photo, load_photos, load_prompts, photo_paths, refuse_overlap, save_png,
                          save_strip, to_bytes)
 from data.many import share
-from data.progress import Progress
+from data.progress import Progress, announce
 from data.recipe import KEYS, LENGTH, RUN, check, make_parser
 from data.run import Run, save_run
 from kernels.dispatch import resolve
@@ -431,25 +430,6 @@ def preview(m, args, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-
-def announce(m, args, why, turns):
-    stages = [(who, len(list(part))) for (who, _, _), part in groupby(turns, lambda turn: (turn.who, turn.stage, turn.round))]
-    print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
-          f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
-    for word in unknown_words(m.pair.text.tokenizer, args.class_word):
-        print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
-    sizes = photo_sizes(args.concept)
-    for path, size in sizes.items() if args.crop == "centre" else ():
-        if max(size) > 2 * min(size):
-            print(f"note: of {path}, {size[0]} x {size[1]} pixels, only the middle square is seen; --crop pad keeps the whole")
-    if m.world == "emoji" and max(map(max, sizes.values())) > 256:  # no picture that was drawn for a small world is so large
-        print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
-              "for pictures like them take --base sd-turbo, on a GPU")
-    print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
-    print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
-          f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
-    print(", then ".join(f"{length} iterations of {who}" for who, length in stages) + f", batch {args.train_batch_size}")
-
 
 def train(argv=None):
     """One run."""

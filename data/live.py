@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.base import find_base, load_pair, pick_device
+from data.base import load_pair, pick_device
 from data.disk import fail
 from data.images import to_pil
 from data.run import load_run, read_run

@@ -1,20 +1,43 @@
-"""What a run shows while it trains: the log line, loss curves, previews, and a stop when a number is not finite."""
+"""What a run shows while it trains: the facts at its start, the log line, loss curves, previews, and a stop when a number is not finite."""
 import time
+from itertools import groupby
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.base import pick_precision, unknown_words
 from data.disk import fail, save_json
-from data.images import curves, save_png
+from data.images import curves, photo_sizes, save_png
 from data.run import checkpoints
+from kernels.dispatch import resolve
 
 # which flags to lower when a loss or gradient is not finite
 LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--student_lr or --token_lr", "alignment": "--teacher_lr or --student_lr",
           "adversarial": "--critic_lr or --adversarial_weight", "echo": "--teacher_lr or --echo_weight", "critic": "--critic_lr",
           "teacher's gradient": "--teacher_lr", "student's gradient": "--teacher_lr or --student_lr", "token's gradient": "--token_lr",
           "critics' gradient": "--critic_lr"}
+
+
+def announce(m, args, why, turns):
+    """Print the facts that flags, hardware and photos came to, each with its reason."""
+    stages = [(who, len(list(part))) for (who, _, _), part in groupby(turns, lambda turn: (turn.who, turn.stage, turn.round))]
+    print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
+          f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
+    for word in unknown_words(m.pair.text.tokenizer, args.class_word):
+        print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
+    sizes = photo_sizes(args.concept)
+    for path, size in sizes.items() if args.crop == "centre" else ():
+        if max(size) > 2 * min(size):
+            print(f"note: of {path}, {size[0]} x {size[1]} pixels, only the middle square is seen; --crop pad keeps the whole")
+    if m.world == "emoji" and max(map(max, sizes.values())) > 256:  # no picture that was drawn for a small world is so large
+        print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
+              "for pictures like them take --base sd-turbo, on a GPU")
+    print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
+    print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
+          f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
+    print(", then ".join(f"{length} iterations of {who}" for who, length in stages) + f", batch {args.train_batch_size}")
 
 
 class Progress:

@@ -84,7 +84,7 @@ def train(*more, stop_at=None):
         with meter.measuring():
             result = iteration(m, args, turn, step)
         seconds[f"iteration {step + 1} ({turn.who}, {turn.stage})"] = time.time() - begun
-        seconds |= {f"  of it {k}": v for k, v in meter.seconds.items()}
+        seconds.update({f"  of it {k}": v for k, v in meter.seconds.items()})
         print({k: round(v.item(), 4) for k, v in (result[0] | result[1]).items()}, f"{peak():.1f} GB", flush=True)
         assert all(v.isfinite() for v in (result[0] | result[1]).values())
         return result
