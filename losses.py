@@ -1,4 +1,4 @@
-"""Every term of EchoDistill as a pure function of tensors (arXiv 2510.20512; method and symbols in README.md).
+"""Every term of EchoDistill as a pure function of tensors (arXiv 2510.20512; README.md says which term is which).
 
 Shapes: z (B, C, h, w) latents, x (B, 3, H, W) images in [-1, 1], tokens (B, T, d) image embeddings,
 logits (B, 2) with class 1 = real. Functions that end in `_per_sample` return (B,), so that c(t') can weigh them.
@@ -116,6 +116,9 @@ def lpips_per_sample(a, b, impl=None):
     All channels weigh 1, as in the paper's uncalibrated form: the published weights are for VGG and AlexNet.
     """
     return sum(lpips_tail(i, j, torch.ones_like(i[0, :, 0, 0]), impl) for i, j in zip(a, b))
+
+
+ALIGNMENT = ("identity", "latent", "swd", "lpips")  # terms: each with a recipe key TERM_weight
 
 
 def alignment(student, target, weights, generator=None, impl=None):

@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         return self(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([context, empty.expand(len(z_t), -1, -1)])).chunk(2)
 
     def one_step(self, eps, context):
-        """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (method, turn 2).
+        """One Euler step from pure noise: sigma (eps - eps_hat), sigma = 14.6; no guidance (turn 2 of an iteration).
 
         To be computed in fp32 (or TF32): the division by alpha = .068 makes an error of rounding 14.6 times as large, so that
         bf16 leaves 10 % in z and fp16 or TF32 1 %.
@@ -214,7 +214,7 @@ class View:
             self.known[name] = self.compute(self.encoders[name].features, self.x)
         return self.known[name]
 
-    @property
+    @cached_property
     def tokens(self):
         """(B, T, d), the identity encoder's image tokens."""
         return self.encoders["identity"].tokens(self.features("identity"))

@@ -10,7 +10,6 @@ Uses the newest run under out/ unless --run names one. Pictures and a grid (a ro
 to its samples/ folder; nothing there is overwritten, and each PNG says in text chunks how it was drawn.
 """
 import argparse
-import os
 import shutil
 import textwrap
 import time
@@ -20,19 +19,18 @@ import torch
 
 from data.base import find_base, load_pair, load_tokenizer, pick_device, read_config, unknown_words
 from data.disk import fail, make_folder, refuse_foreign_bytes
-from data.images import add_png, grid, load_prompts, load_strip, to_pil
-from data.recipe import DRAWING, check_range, read_toml
+from data.images import add_png, grid, load_prompts, load_strip, refuse_overlap, to_pil
+from data.recipe import DRAWING, Parser, check_range, read_toml
 from data.run import file_names, load_run, read_run, refuse_obstacles, save_run, slug
 from model import compile_networks, draw
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--prompt", nargs="+", action="extend", help='what to draw, for example "a <v> dog on the beach"; one or several')
     p.add_argument("--prompt_file", metavar="FILE", help="text file with a prompt per line, drawn after those of --prompt")
     p.add_argument("--compare", action="store_true", help="one grid of the photos, and of untouched student, student and teacher")
     p.add_argument("--live", action="store_true", help="open a page on this machine that draws while you type (needs gradio)")
-    p.add_argument("--port", type=int, default=7860, help="of the page, or of the next free one")
     p.add_argument("--export", metavar="DIR", help="write the run to DIR as diffusers and ComfyUI load it, instead of drawing")
     p.add_argument("--rank", type=int, help="of the exported LoRAs; default: full rank, which loses nothing")
     p.add_argument("--run", help="folder that train.py wrote; default: the newest under out/")
@@ -70,8 +68,9 @@ def parse_arguments(argv=None):
     last = read_config(find_base(args.flags["base"], args.flags).teacher, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
     if (args.steps or 1) > last:
         fail(f"--steps {args.steps} is more than the {last} timesteps of the teacher's schedule; take fewer")
-    if args.run and args.output_dir and os.path.realpath(args.output_dir) == os.path.realpath(args.flags["concept"]):
-        fail(f"--output_dir {args.output_dir} is the folder of photos, so what is drawn would become photos; choose another folder")
+    for flag in ("output_dir", "export"):
+        if args.run and getattr(args, flag):
+            refuse_overlap(getattr(args, flag), args.flags["concept"], f"--{flag}")
     return args
 
 

@@ -138,9 +138,9 @@ def build(args, device, **loading):
         photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
-        aligns=args.identity_weight + args.latent_weight + args.swd_weight + args.lpips_weight > 0,
+        aligns=any(getattr(args, f"{k}_weight") for k in losses.ALIGNMENT),
         competes=args.adversarial_weight + args.scene_adversarial_weight > 0)
-    m.draws = (args.student_lr > 0 or not args.detach_prompt) and (m.aligns or m.competes)
+    m.draws = (args.student_lr > 0 or not args.detach_prompt or not args.share_text) and (m.aligns or m.competes)
     m.critics_look = list(heads) if args.critic_views else []  # at windows of the photos, not at the photos of a batch
     m.known = None if args.size_augmentation else study(m, m.photos.photos, [k for k in heads if k not in m.critics_look])
     m.views = study_windows(m, args) if m.critics_look else None
@@ -279,7 +279,7 @@ def step_teacher(m, carries):
 # The method
 
 def iteration(m, args, turn, step):
-    """One iteration (method, "One iteration"); returns losses, gradient norms and the critics' duel as `Progress.after` wants them."""
+    """One iteration (README, "Paper to code"); returns losses, gradient norms and the critics' duel as `Progress.after` wants them."""
     pair, heads, n = m.pair, m.heads, args.train_batch_size
     terms, norms, duel = {}, {}, {}
     set_rates(m, args, turn)
@@ -470,7 +470,7 @@ def learn(args, run):
 
 
 def main(argv=None):
-    """One run; or, with several concepts, those that fall to this process, one after the other. A bad one does not stop the rest."""
+    """One run; or, with several concepts, those that fall to this process, one after the other. One that is refused does not stop the rest."""
     failed = []
     for concept, own in share(argv):
         try:

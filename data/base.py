@@ -58,8 +58,11 @@ def read_recipe(argv):
         p.add_argument(f"--{flag}")
     args, _ = p.parse_known_args(argv)
     base = args.base or ("sd-turbo" if args.teacher or args.student else "emoji")
-    recipe, own = read_toml(find_base(base).recipe)["recipe"], read_toml(args.recipe)["recipe"] if args.recipe else {}
-    recipe |= own
+    whole, given = read_toml(find_base(base).recipe), read_toml(args.recipe) if args.recipe else {"base": {}, "recipe": {}}
+    if given["base"] not in ({}, whole["base"]):
+        of = [name for name in BASES if read_toml(DATA / name / "recipe.toml")["base"] == given["base"]]
+        fail(f"--recipe {args.recipe} is of another base than {base}; " + (f"add --base {of[0]}" if of else "leave [base] out of it"))
+    own, recipe = given["recipe"], whole["recipe"] | given["recipe"]
     if "carry" not in own and "lora" in (args.train_unet, None if args.train_unet else recipe["train_unet"]):
         recipe["carry"] = False  # low-rank factors of one network mean nothing in another
     return base, recipe

@@ -42,12 +42,12 @@ def photo_hashes(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in photo_paths(folder)}
 
 
-def refuse_overlap(out, concept):
-    """A run's folder may not be, hold or lie in the folder of photos: its pictures would be photos of the next run."""
+def refuse_overlap(out, concept, flag="--output_dir"):
+    """A folder that is written to may not be, hold or lie in the folder of photos: its pictures would be photos of the next run."""
     ours, photos = (Path(os.path.realpath(folder)) for folder in (out, concept))
     if ours.is_relative_to(photos) or photos.is_relative_to(ours):
-        fail(f"--output_dir {out} and --concept {concept} are one folder or lie in each other, so pictures of the run would become "
-             "photos of the next; choose another --output_dir")
+        fail(f"{flag} {out} and the photos' folder {concept} are one or lie in each other, so what is drawn would become photos "
+             f"of the next run; choose another {flag}")
 
 
 def load_photo(path, size, crop="centre"):

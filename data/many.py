@@ -28,13 +28,15 @@ def share(argv=None):
     for flag in ("output_dir", "resume_from_checkpoint", "device"):
         p.add_argument(f"--{flag}")
     args, rest = p.parse_known_args(argv)
-    if len(args.concept) < 2 and world == 1:
+    if not args.concept or len(args.concept) < 2 and world == 1:
         return [(None, argv)]
     folders = [c for c in args.concept if os.path.isdir(c)]
     outs = [Path(args.output_dir or "out", Path(c).resolve().name) for c in folders]
     if len(set(outs)) < len(outs):
         twice = next(o for o in outs if outs.count(o) > 1)
         fail(f"two folders of --concept are called {twice.name}, so both runs would go to {twice}; rename one")
+    if args.resume_from_checkpoint not in (None, "latest"):
+        fail(f"--resume_from_checkpoint {args.resume_from_checkpoint} is of one run; with several concepts each goes on by itself")
     if not folders:
         fail(f"--concept {args.concept[0]} and what follows it are no folders; give the folder that holds the photos")
     if rank == 0 and len(folders) < len(args.concept):

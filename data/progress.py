@@ -23,7 +23,8 @@ LIKELY = {"reconstruction": "--teacher_lr or --token_lr", "denoising": "--studen
 def announce(m, args, why, turns):
     """Print the facts that flags, hardware and photos came to, each with its reason."""
     stages = [(who, len(list(part))) for (who, _, _), part in groupby(turns, lambda turn: (turn.who, turn.stage, turn.round))]
-    print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({pick_precision(m.device)[1]}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
+    auto, reason = pick_precision(m.device)
+    print(f"device {m.device} ({why}), {args.mixed_precision} autocast ({'as asked; ' * (args.mixed_precision != auto)}{reason}), base {args.base}: teacher {m.pair.teacher.prediction_type}, "
           f"student {m.pair.student.prediction_type}, {m.pair.resolution} px")
     for word in unknown_words(m.pair.text.tokenizer, args.class_word):
         print(f"note: the {args.base} base does not know {word!r}; a --class_word that it knows gives the token a better start")
@@ -133,8 +134,10 @@ class Progress:
             self.writer.close()
 
     def state_dict(self):
-        return {"history": self.history, "sums": {k: [x.item() for x in v] for k, v in self.sums.items()}}
+        return {"history": self.history, "sums": {k: [x.item() for x in v] for k, v in self.sums.items()},
+                "first_pull": self.first_pull, "won": sorted(self.won)}
 
     def load_state_dict(self, state):
         self.history = state["history"]
         self.sums = {k: [torch.tensor(x, device=self.device) for x in v] for k, v in state["sums"].items()}
+        self.first_pull, self.won = state["first_pull"], set(state["won"])

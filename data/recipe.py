@@ -20,6 +20,8 @@ SHARE, ANY = (0, 1), (0, math.inf)
 # highest of what is counted: far above any use, and low enough that nothing hangs or asks for memory that no machine has
 LENGTH, EVERY = 10 ** 6, 10 ** 9
 
+OF_BASE = {"folder", "prompts", "teacher", "student", "student_lora", "tiny_vae", "encoders", "licences"}  # keys of [base]
+
 # flag of a run: (type or choices, (lowest, highest), default, what it is)
 RUN = {
     "concept": (str, None, None, "folder of 3-6 photos of the subject (needed); several are trained one after the other"),
@@ -60,7 +62,7 @@ KEYS = {
     "detach_first_token": (bool, None, "no gradient through keys and values of the first token, which begins every prompt"),
     "carry": (bool, None, "every step of the teacher's weights in the joint stage moves the student's too"),
     "teacher_lr": (float, ANY, "0 freezes the teacher"),
-    "student_lr": (float, ANY, "0 freezes the student"),
+    "student_lr": (float, ANY, "0: no step of its own (carry still moves it)"),
     "token_lr": (float, ANY, "0 freezes the concept token at the class word"),
     "kv_rate": (float, ANY, "learning rate of cross-attention keys and values, as a multiple of their UNet's"),
     "critic_lr": (float, ANY, "of the discriminators' heads"),
@@ -131,6 +133,9 @@ def read_toml(path, above=()):
         fail(f"{path}: extends must name another file, and no file in a circle; mend it")
     start = read_toml(path.parent / parent, (*above, path.resolve())) if parent else {"base": {}, "recipe": {}}
     tables = content if content.keys() & {"base", "recipe"} else {"recipe": content}
+    stray = [*tables.keys() - start.keys(), *(f"base.{k}" for k in tables.get("base", ()) if k not in OF_BASE)]
+    if stray:
+        fail(f"{path}: {stray[0]} is no part of a recipe; keys stand below [recipe] or in a file without tables")
     for part in start:
         if not isinstance(tables.get(part, {}), dict):
             fail(f"{path}: {part} must be a table, [{part}] and lines below it; mend it")

@@ -45,8 +45,8 @@ MAY_CHANGE_ON_RESUME = {"output_dir", "device", "resume_from_checkpoint", "allow
 class Run:
     """The folder of a run that trains; owns its signals, checkpoints and the place to go on from.
 
-    state   {name: module, optimizer, {name: tensor} or any object with state_dict() and load_state_dict()}: all that a
-            checkpoint holds. What is added to the loop is saved and resumed by being put here, nowhere else.
+    state   {name: module, optimizer, {name: tensor} or any object with a flat state_dict() and load_state_dict()}: all that a
+            checkpoint holds. What is added to the loop is saved and resumed by being put into `m.state` of train.build.
     """
 
     def __init__(self, args, argv=None):
@@ -74,11 +74,18 @@ class Run:
             try:
                 restore(tensors, meta["state"], state)
             except ValueError as error:
-                fail(f"--resume_from_checkpoint {path}: {error}; has --base changed since?")
+                fail(f"--resume_from_checkpoint {path}: {error}; has --base or the code changed since?")
             self.first, self.resumed = meta["step"], None
+            self.set_aside([p for p in checkpoints(self.out) if p.stem > f"step-{self.first:06d}"] if self.args.resume_from_checkpoint != "latest" else [])
             print(f"resumed {path} at iteration {self.first}")
         else:
             self.clear()
+
+    def set_aside(self, later):
+        """Checkpoints of a way that is left: a next "latest" must not go on from them."""
+        for path in later:
+            (self.out / "checkpoints-before").mkdir(exist_ok=True)
+            path.rename(self.out / "checkpoints-before" / path.name)
 
     def clear(self):
         """Nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag."""
@@ -117,8 +124,10 @@ class Run:
                 old.unlink()
 
     def finish(self):
-        """The finished run is complete without its checkpoints."""
+        """The finished run is complete without its checkpoints; a signal that came meanwhile ends what follows."""
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        if self.asked:
+            sys.exit(self.asked[0])
 
 
 def take_lock(out):
@@ -296,6 +305,8 @@ def read_checkpoint(path):
 
 def restore(tensors, rest, state):
     """Put what `read_checkpoint` read into `state`, in place; all of it or, with a ValueError, nothing."""
+    if rest and rest.keys() != state.keys():
+        raise ValueError(f"the checkpoint does not fit this code: only one of them has {sorted(rest.keys() ^ state.keys())[0]}")
     found = {name: {} for name in state}
     for key, value in tensors.items():
         name, _, key = key.partition("/")

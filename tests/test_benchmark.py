@@ -149,7 +149,7 @@ def test_a_training_that_stops_inside_a_job_says_why_on_the_terminal(monkeypatch
     def stop(argv):
         print("step 1\nstep 2")
         fail("the student's loss is not finite at step 2; lower --student_lr")
-    monkeypatch.setattr(script, "main", stop)
+    monkeypatch.setattr(script, "train", stop)
     code, message = refused(capsys, "--method", "wild=--student_lr 1")
     assert code == 2 and "wild, cat face, seed 0" in message and "not finite at step 2; lower --student_lr" in message
     log = Path("bench/runs/wild/cat_face-0/train.txt")

@@ -153,7 +153,7 @@ def train_once(folder, argv, job, recipe):
     try:
         with (open(folder / "train.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log),
               contextlib.redirect_stderr(log), torch.enable_grad()):
-            train.main(argv)
+            train.train(argv)  # one run: the processes share out jobs here
     except SystemExit as stop:
         said = (folder / "train.txt").read_text(encoding="utf-8").split("\n")
         last = next((s.removeprefix("error: ") for s in said[::-1] if s.strip()), "")
