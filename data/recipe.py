@@ -133,12 +133,12 @@ def read_toml(path, above=()):
         fail(f"{path}: extends must name another file, and no file in a circle; mend it")
     start = read_toml(path.parent / parent, (*above, path.resolve())) if parent else {"base": {}, "recipe": {}}
     tables = content if content.keys() & {"base", "recipe"} else {"recipe": content}
-    stray = [*tables.keys() - start.keys(), *(f"base.{k}" for k in tables.get("base", ()) if k not in OF_BASE)]
-    if stray:
-        fail(f"{path}: {stray[0]} is no part of a recipe; keys stand below [recipe] or in a file without tables")
     for part in start:
         if not isinstance(tables.get(part, {}), dict):
             fail(f"{path}: {part} must be a table, [{part}] and lines below it; mend it")
+    stray = [*tables.keys() - start.keys(), *(f"base.{k}" for k in tables.get("base", ()) if k not in OF_BASE)]
+    if stray:
+        fail(f"{path}: {stray[0]} is no part of a recipe; keys stand below [recipe] or in a file without tables")
     for key, value in tables.get("recipe", {}).items():
         if key not in KEYS:
             fail(f"{path}: {key} is no key of a recipe; {nearest(key, KEYS)}")
