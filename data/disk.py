@@ -69,6 +69,15 @@ def save_text(path, text):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def fill_marks(path, begin, end, new, flag):
+    """Put text between two marks of a Markdown file that `flag` named."""
+    head, mark, rest = Path(path).read_text(encoding="utf-8").partition(f"<!-- {begin} -->\n")
+    _, closing, tail = rest.partition(f"<!-- {end} -->")
+    if not mark or not closing:
+        fail(f"{flag} {path} has no <!-- {begin} --> ... <!-- {end} --> to fill")
+    save_text(path, f"{head}{mark}{new}{closing}{tail}")
+
+
 def save_json(path, value):
     save_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

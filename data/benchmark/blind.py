@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 
-from data.disk import fail, write_atomically
+from data.disk import fail, save_text
 
 PAGE = Path(__file__).parent / "sheet.html"
 SIDES = ("left", "right")
@@ -47,9 +47,9 @@ def ab_sheet(pictures, photos, names, folder, seed):
     identity = f"{rng.getrandbits(64):016x}"
     sheet = script_json({"sheet": identity, "photos": [png_url(p) for p in photos], "trials": trials})
     page = fill(PAGE.read_text(encoding="utf-8"), {"SHEET": sheet})
-    write_atomically(folder / "sheet.html", lambda p: p.write_text(page, encoding="utf-8"))
+    save_text(folder / "sheet.html", page)
     key = {"sheet": identity, "A": names[0], "B": names[1], "a_is": a_is}
-    write_atomically(folder / "key.json", lambda p: p.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+    save_text(folder / "key.json", json.dumps(key, indent=1))
     print(f"open {folder / 'sheet.html'}, vote, save votes.json beside it; then: "
           f"python evaluate.py --tally {folder / 'votes.json'}")
 

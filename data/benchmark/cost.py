@@ -30,7 +30,7 @@ import model
 import train
 from data.base import find_base, pick_device, stored_in
 from data.benchmark.full_size import FULL_SIZE, write_base
-from data.disk import fail, save_text
+from data.disk import fail, fill_marks
 
 PAPER = 41  # PFLOP per concept: 1000 iterations of batch 2 as published
 NETWORK = {"identity": "CLIP", "clip": "CLIP", "dino": "DINO", "dinov2": "DINOv2"}
@@ -383,12 +383,7 @@ def write_table(ours, args, path):
         shares = [f"{flop / rates[p] / s:.0%}" for p, s in (("no", full), ("bf16", half))]
         lines.append(f"| {part} | {flop / 1e9:.2f} | {full:.3f} | {shares[0]} | {half:.3f} | {shares[1]} |")
     lines += ["", *picture(m.pair), "", f"Written by `python data/benchmark/cost.py --write {path}`.", ""]
-    text = Path(path).read_text(encoding="utf-8")
-    head, mark, rest = text.partition("<!-- cost -->\n")
-    _, end, tail = rest.partition("<!-- end cost -->")
-    if not mark or not end:
-        fail(f"--write {path} has no <!-- cost --> ... <!-- end cost --> to fill")
-    save_text(path, f"{head}{mark}{chr(10).join(lines)}{end}{tail}")
+    fill_marks(path, "cost", "end cost", "\n".join(lines), "--write")
 
 
 def picture(pair):

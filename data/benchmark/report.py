@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.benchmark.blind import fill
-from data.disk import fail, write_atomically
+from data.disk import fail, fill_marks, save_text, write_atomically
 
 HERE = Path(__file__).parent
 SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]
@@ -237,13 +237,7 @@ def short_table(results, reference):
 
 def update_readme(results, reference, path):
     """Put the short table of a benchmark's results between the two marks of a Markdown file."""
-    text = path.read_text(encoding="utf-8")
-    head, mark, rest = text.partition("<!-- benchmark -->\n")
-    _, end, tail = rest.partition("<!-- end -->")
-    if not mark or not end:
-        fail(f"--readme {path} has no <!-- benchmark --> ... <!-- end --> to fill")
-    new = f"{head}{mark}{short_table(results, reference)}\n{end}{tail}"
-    write_atomically(path, lambda p: p.write_text(new, encoding="utf-8"))
+    fill_marks(path, "benchmark", "end", f"{short_table(results, reference)}\n", "--readme")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,7 +395,7 @@ def write(folder, reference, shown=6):
         print(f"note: {damaged} damaged; {folder / 'results.jsonl'} is left as it is, the rest is reported")
     else:
         rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in results.values())
-        write_atomically(folder / "results.jsonl", lambda p: p.write_text(rows, encoding="utf-8"))
+        save_text(folder / "results.jsonl", rows)
     sets = ", ".join(sorted({line["judges"] for line in results.values()}))
     trained = {m: line["flags"] for (m, _, _), line in results.items() if line["flags"] is not None}
     text = (f"Judges: {plain(cell(sets))}. "
@@ -412,12 +406,12 @@ def write(folder, reference, shown=6):
             f"{markdown(*difference_table(results, reference))}\n\n"
             + "".join(f"- {plain(cell(m))}: `python train.py --concept SUBJECT --seed SEED {code(flags)}`\n"
                       for m, flags in trained.items()))
-    write_atomically(folder / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
+    save_text(folder / "table.md", text)
     seed = next(iter(results))[2]
     lines = [line for (method, _, s), line in results.items() if method == reference and s == seed]
     contact(folder, lines[:2 * shown], folder / "pictures.webp")
     whole = page(folder, results, reference, shown)
-    write_atomically(folder / "report.html", lambda p: p.write_text(whole, encoding="utf-8"))
+    save_text(folder / "report.html", whole)
     print(text)
     written = ", ".join(str(folder / name) for name in ("results.jsonl", "table.md", "report.html"))
     print(f"{len(results)} results: {written}")
