@@ -148,6 +148,10 @@ def main(argv=None):
         print(f"{f'run {args.run}' if taught else 'base ' + flags['base']}, device {device} ({why}), {who}, {steps} step(s)")
         asked = {p: p if taught else " ".join(p.replace(token, " ").split()) for p in args.prompts}
         names = dict(zip(asked, file_names(asked.values())))
+        if args.compile:
+            start = time.perf_counter()
+            draw(pair, next(iter(asked.values())), seeds, role == "teacher", steps, guidance, args.tiny_vae)
+            print(f"torch.compile: {time.perf_counter() - start:.0f} s to warm up")
         for prompt, said in asked.items():
             start = time.perf_counter()
             drawn[prompt, who] = draw(pair, said, seeds, role == "teacher", steps, guidance, args.tiny_vae)

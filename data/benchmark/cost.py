@@ -160,6 +160,17 @@ def count_echo(args, m):
     return args.echo_rounds * (args.echo_samples * drawn + args.echo_steps * (heard[1] - heard[0]))
 
 
+@torch.no_grad()
+def count_picture(pair, tiny=False):
+    """FLOP of one one-step picture of a pair on the meta device: (text encoder, UNet, decoder)."""
+    z, out, parts = torch.randn(1, *pair.latent_shape, device="meta"), {}, []
+    for part in (lambda: out.update(context=pair.text(["a <v> dog"])), lambda: pair.student.one_step(z, out["context"]), lambda: pair.decode(z, tiny)):
+        with FlopCounterMode(display=False) as counter:
+            part()
+        parts.append(counter.get_total_flops())
+    return parts
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Memory: what autograd keeps of one iteration on the meta device, under the rules by which CUDA's autocast chooses precisions
 
@@ -309,6 +320,8 @@ def report(ours, args, plain):
     print("| PFLOP per concept | " + " | ".join(f"{v / 1e15:.4g}" for v in totals) + " |")
     print(f"\n(with these flags {args.max_train_steps} joint iterations, {args.echo_steps} of each network alone, and "
           f"{echoes[-1] / 1e15:.3g} PFLOP to draw, rank and hear the echo)")
+    drawn = [f"{v / 1e12:.3g}" for v in count_picture(m.pair, args.tiny_vae)]
+    print("one picture, one step: text encoder {}, UNet {}, decoder {} TFLOP".format(*drawn))
     print_memory({"published" if name == "published" else switches(flags): flags for name, (flags, _) in columns.items()}, args)
     device, why = pick_device(args.device)
     if not ours.steps or device.type == "cpu" and args.device == "auto" and large:
