@@ -481,7 +481,8 @@ class ImageTokens(nn.Module):
 def save_memory(pair, encoders):
     """Gradient checkpointing: keep only the inputs of blocks, compute the rest again in the backward pass."""
     for network in (pair.teacher.unet, pair.student.unet, pair.vae):
-        network.enable_gradient_checkpointing()
+        if network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing()
     for encoder in encoders.values():
         if isinstance(encoder, ViT):
             encoder.vision.activation_checkpointing_enable()

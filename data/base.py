@@ -336,6 +336,8 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPTextModel
     from transformers.utils import logging
+
+    from data.emoji.autoencoder import PatchAutoencoder
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
@@ -347,7 +349,7 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     def load(kind, source, part):
         return load_part(kind, source, part, device if random else None).float()
 
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderTiny, PatchAutoencoder)}
     vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
     tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
     denoisers = {}

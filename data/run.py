@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from data.base import check_resolution, find_base, pick_device
+from data.base import check_resolution, find_base, pick_device, read_config
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
 from data.images import grid, photo_hashes, save_png, to_pil
 from data.recipe import BASES, KEYS, RUN, check, fits, read_toml
@@ -389,6 +389,8 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
     source = getattr(base, role)
     source = Path(source).relative_to(ROOT) if Path(source).is_relative_to(ROOT) else source
     lines = ["import torch", "from diffusers import StableDiffusionPipeline"]
+    if base.folder and read_config(base.teacher, "vae")["_class_name"] == "PatchAutoencoder":
+        lines.insert(1, "import data.emoji.autoencoder  # for from_pretrained")
     if not exact:
         lines += ["from safetensors.torch import load_file"]
     lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({quoted(source)}, safety_checker=None)"]

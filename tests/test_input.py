@@ -161,7 +161,7 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         (replace("base/student/unet/diffusion_pytorch_model.safetensors", lambda b: b[:4]), "base/student/unet/diffusion_pytorch_model.safetensors"),
         (replace("base/teacher/vae/diffusion_pytorch_model.safetensors", lambda b: b""), "vae/diffusion_pytorch_model.safetensors"),
         (replace("base/teacher/vae/config.json", lambda b: b[:50]), "vae/config.json"), (replace("base/student/unet/config.json", lambda b: b"{"), "unet/config.json"),
-        (replace("base/student/unet/config.json", lambda b: b.replace(b'"in_channels": 24', b'"in_channels": 4')), "in_channels"),
+        (replace("base/student/unet/config.json", lambda b: re.sub(rb'"in_channels": \d+', b'"in_channels": 4', b)), "in_channels"),
         (replace("base/teacher/scheduler/scheduler_config.json", lambda b: b.replace(b"v_prediction", b"sample")), "--teacher"),
         (replace("base/teacher/tokenizer/tokenizer.json", lambda b: b[:100]), "tokenizer"))],
     (None, train, D + ["--teacher", "dog"], "dog"), (None, train, D + ["--student", "a/b/c"], "--student"), (None, train, D + ["--resolution", 65], "--resolution"),

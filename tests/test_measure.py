@@ -1,9 +1,11 @@
 """Measures see what they are for, and the autoencoder keeps what its code holds. python -m pytest tests/test_measure.py"""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from autoencoder import PatchAutoencoder
 from conftest import ROOT
+from data.emoji.autoencoder import PatchAutoencoder
 from measure import blur, edge_energy, kid, sensitivities, sibling, without_an_eye
 from world import World
 
@@ -79,9 +81,10 @@ def test_judges_move_when_pictures_are_spoiled():
 # Autoencoder
 
 @pytest.fixture
-def vae():
-    vae, g = PatchAutoencoder(latent_channels=24), torch.Generator().manual_seed(0)
-    vae.set_code(torch.randn(24, 3, 8, 8, generator=g) / 14, torch.randn(24, generator=g))
+def vae(pair):
+    n, g = pair.latent_shape[0], torch.Generator().manual_seed(0)
+    vae = PatchAutoencoder(latent_channels=n)
+    vae.set_code(torch.randn(n, 3, 8, 8, generator=g) / 14, torch.randn(n, generator=g))
     return vae
 
 
@@ -100,7 +103,7 @@ def test_before_training_decoding_is_the_linear_inverse_and_coding_again_gives_t
 def test_the_residual_learns_and_the_code_stays(vae, pictures):
     z = vae.encode(pictures[0][:4]).latents
     (vae.decode(z).sample - pictures[0][:4]).square().mean().backward()
-    assert vae.outward.weight.grad.abs().max() > 0
+    assert vae.decoder.outward.weight.grad.abs().max() > 0
     assert {k for k, _ in vae.named_buffers()} == {"basis", "back", "mean"}  # no gradient reaches them
 
 
@@ -108,10 +111,43 @@ def test_a_plain_diffusers_pipeline_draws_with_it_and_it_survives_a_file(vae, tm
     from diffusers import StableDiffusionPipeline
     vae.save_pretrained(tmp_path)
     again = PatchAutoencoder.from_pretrained(tmp_path)
-    z = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(2, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "data/emoji/base/teacher", vae=again, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae_scale_factor == 8
     picture = pipe("a dog", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
     assert picture.shape == (1, 3, 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pretraining that goes on from a shipped pair
+
+def test_pretraining_goes_on_from_a_shipped_pair_in_another_code(tmp_path, monkeypatch, pair, pictures):
+    """Before any training the translated networks predict v far better than nothing does."""
+    import pretrain
+    monkeypatch.setattr(pretrain, "CHANNELS", 60)
+    args = SimpleNamespace(init=ROOT / "data/emoji/base", work=tmp_path, freedom=0., device="cpu")
+    pca = pretrain.principal_components(args)
+    state, words = pretrain.shipped_teacher(args, World("pretrain"), pca)
+    unet, text = pretrain.build_unet(), pretrain.build_text(pretrain.build_tokenizer(ROOT / "data/emoji/base/teacher/tokenizer"))
+    unet.load_state_dict(state)
+    text.load_state_dict(words)
+    z, eps = pretrain.to_latents(pca, pictures[0][:16]), torch.randn(16, 60, 8, 8, generator=torch.Generator().manual_seed(0))
+    a = pretrain.alphas_cumprod()[500].sqrt()
+    s = (1 - a ** 2).sqrt()
+    with torch.no_grad():
+        v = unet(a * z + s * eps, torch.tensor(500), pair.text([""] * 16)).sample
+    wanted = a * eps - s * z
+    held = slice(0, 12)  # what both codes hold
+    assert (v - wanted)[:, held].square().mean() < .5 * wanted[:, held].square().mean()
+    assert (v - wanted)[:, 48:].square().mean() < 1.3 * wanted[:, 48:].square().mean()
+
+
+def test_an_encoder_goes_on_from_the_shipped_one():
+    import pretrain
+    args = SimpleNamespace(init=ROOT / "data/emoji/base", stage="judge_clip")
+    shipped = pretrain.shipped_encoder(args)
+    assert set(shipped) == {"vision", "image", "text", "caption"}
+    pretrain.build_vision("judge_clip").load_state_dict(shipped["vision"])
+    assert set(pretrain.shipped_encoder(SimpleNamespace(init=args.init, stage="identity"))) == {"vision", "image"}

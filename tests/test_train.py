@@ -158,6 +158,9 @@ def test_training_never_loads_a_judge(concept, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_the_base_is_an_ordinary_diffusers_pipeline(name, pair):
     script = f"""
+import sys
+sys.path.insert(0, r"{ROOT}")
+import data.emoji.autoencoder
 import torch
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(r"{ROOT / 'data/emoji/base' / name}")
@@ -174,12 +177,14 @@ image.save("plain.png")
     assert np.abs(ours - np.asarray(Image.open("plain.png")).astype(int)).max() <= 1
 
 
-def test_a_plain_diffusers_script_draws_what_sample_draws(concept):
+def test_a_plain_diffusers_script_draws_what_sample_draws(concept, pair):
     from diffusers import StableDiffusionPipeline
+
+    import data.emoji.autoencoder  # noqa: F401  from_pretrained looks it up among the imported modules
     run = train("--max_train_steps", 2, "--echo_steps", 0)
     sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "1"])
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "data/emoji/base/student")
-    noise = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(0))
     call = dict(prompt="a <v> dog on the beach", num_inference_steps=1, guidance_scale=0.0, latents=noise)
     before = np.asarray(pipe(**call).images[0]).astype(int)
     pipe.load_textual_inversion(str(run / "learned_embeds.safetensors"), token="<v>")

@@ -1,6 +1,6 @@
 """The embedded pair's autoencoder: a linear code of 8 x 8 patches, read by its inverse and a learned residual.
 
-    import autoencoder            # before StableDiffusionPipeline.from_pretrained, which imports no module of its own accord
+    import data.emoji.autoencoder  # before StableDiffusionPipeline.from_pretrained, which imports no module of its own accord
     vae = PatchAutoencoder.from_pretrained("data/emoji/base/teacher", subfolder="vae")
     z = vae.encode(x).latents     # images (B, 3, H, W) in [-1, 1] -> (B, C, H / 8, W / 8)
     x = vae.decode(z).sample      # and back
@@ -28,8 +28,26 @@ class Block(nn.Module):
         return h + self.second(F.leaky_relu(self.first(F.leaky_relu(h, .2)), .2))
 
 
+class Residual(nn.Module):
+    """What a linear decoding (B, 3, H, W) lacks, added to it; nothing at first."""
+    def __init__(self, width):
+        super().__init__()
+        self.inward = nn.Conv2d(12, width, 3, padding=1)                     # 2 x 2 pixels as channels: (B, 12, 32, 32)
+        self.early, self.late = Block(width), Block(width)
+        self.down, self.up = nn.Conv2d(4 * width, 2 * width, 1), nn.Conv2d(2 * width, 4 * width, 1)
+        self.deep = nn.Sequential(Block(2 * width), Block(2 * width))        # (B, 96, 16, 16)
+        self.outward = nn.Conv2d(width, 12, 3, padding=1)
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+    def forward(self, x):
+        h = self.early(self.inward(F.pixel_unshuffle(x, 2)))
+        h = h + F.pixel_shuffle(self.up(self.deep(self.down(F.pixel_unshuffle(h, 2)))), 2)
+        return x + F.pixel_shuffle(self.outward(self.late(h)), 2)
+
+
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """z = basis of every patch - mean, and x = linear inverse + residual(linear inverse); the residual starts at zero.
+    """z = basis of every patch - mean, and x = decoder(linear inverse).
 
     block_out_channels tells diffusers' pipelines the factor of 8 between pixels and latents, and nothing else.
     """
@@ -40,13 +58,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("basis", torch.zeros(latent_channels, 3, patch, patch))  # the code of a patch
         self.register_buffer("back", torch.zeros(latent_channels, 3, patch, patch))   # its pseudo-inverse
         self.register_buffer("mean", torch.zeros(latent_channels))
-        self.inward = nn.Conv2d(12, width, 3, padding=1)                     # 2 x 2 pixels as channels: (B, 12, 32, 32)
-        self.early, self.late = Block(width), Block(width)
-        self.down, self.up = nn.Conv2d(4 * width, 2 * width, 1), nn.Conv2d(2 * width, 4 * width, 1)
-        self.deep = nn.Sequential(Block(2 * width), Block(2 * width))        # (B, 96, 16, 16)
-        self.outward = nn.Conv2d(width, 12, 3, padding=1)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        self.decoder = Residual(width)
 
     def set_code(self, basis, mean):
         """Take the code z = conv2d(x, basis, stride) - mean; basis (C, 3, 8, 8), mean (C,)."""
@@ -63,10 +75,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return F.conv_transpose2d(z + self.mean.view(1, -1, 1, 1), self.back, stride=self.config.patch)
 
     def decode(self, z, return_dict=True, generator=None):
-        x = self.linear(z)
-        h = self.early(self.inward(F.pixel_unshuffle(x, 2)))
-        h = h + F.pixel_shuffle(self.up(self.deep(self.down(F.pixel_unshuffle(h, 2)))), 2)
-        x = x + F.pixel_shuffle(self.outward(self.late(h)), 2)
+        x = self.decoder(self.linear(z))
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def forward(self, x):

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from safetensors.torch import load_file
 
 from data.images import grid, save_png
-from data.disk import save_json, save_tensors
+from data.disk import fill_marks, save_json, save_tensors
 from data.run import read_checkpoint, restore, save_checkpoint
 from measure import edge_energy, kid
 from world import World, article, hue_jitter, words
@@ -94,6 +95,37 @@ def saved(args, stage, name):
     return {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + "/")}
 
 
+def shipped_encoder(args):
+    """Weights of an encoder stage's modules as --init holds them."""
+    from data.base import load_encoder
+    family, _, name = args.stage.rpartition("_")
+    encoder = load_encoder(Path(args.init) / ("judges" if family else "encoders") / name)
+    weights = {"vision": encoder.vision.state_dict(), "image": {"weight": encoder.to_image}}
+    return weights | {"text": encoder.text.state_dict(), "caption": {"weight": encoder.to_text}} if name == "clip" else weights
+
+
+def shipped_teacher(args, world, pca):
+    """Weights of the teacher's UNet and text encoder as --init holds them, its code translated into ours.
+
+    Both codes of a patch are nearly linear, so least squares on pictures finds the matrix either way, and only the first and the last
+    convolution read or write a code. What the old code could not hold is read at random: read by nobody, it would be learned by nobody.
+    """
+    from data.base import load_pair
+    pair = load_pair(args.init, "<v>", "dog", flags={"mixed_precision": "no"})
+    x = world.sample(512, torch.Generator().manual_seed(3)).images
+    old, new = ((z.permute(1, 0, 2, 3).flatten(1).T) for z in (pair.encode(x), to_latents(pca, x)))
+    into, back = torch.linalg.lstsq(new, old).solution, torch.linalg.lstsq(old, new).solution  # new @ into = old
+    state = pair.teacher.unet.state_dict()
+    reader = state["conv_in.weight"]
+    unread = torch.eye(len(into)) - into @ torch.linalg.pinv(into)  # the part of our code without a counterpart
+    fresh = reader.std() * torch.randn(len(reader), len(into), *reader.shape[2:])
+    state["conv_in.weight"] = torch.einsum("ochw,nc->onhw", reader, into) + torch.einsum("onhw,nm->omhw", fresh, unread)
+    state["conv_out.weight"] = torch.einsum("cihw,cn->nihw", state["conv_out.weight"], back)
+    state["conv_out.bias"] = state["conv_out.bias"] @ back
+    words = {k: v[:pair.text.token_id] if v.ndim == 2 and len(v) == pair.text.token_id + 1 else v for k, v in pair.text.encoder.state_dict().items()}
+    return state, words
+
+
 def average_gradients(module):
     """Mean over processes, when started with torchrun (one thread each is faster than two threads in one process)."""
     if dist.is_initialized():
@@ -123,7 +155,7 @@ def build_tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     folder = Path(folder)
-    if not (folder / "vocab.json").exists():
+    if not (folder / "tokenizer_config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -215,26 +247,34 @@ def train_encoder(args):
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
-        modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False)}
+        modules |= {"text": build_text(tokenizer), "caption": nn.Linear(128, 128, bias=False), "nouns": nn.Linear(WIDTHS[args.stage], len(world.nouns))}
+    for name, weights in (shipped_encoder(args) if args.init else {}).items():
+        modules[name].load_state_dict(weights)
     modules = {k: m.to(args.device) for k, m in modules.items()}
     scale = nn.Parameter(torch.tensor(2.6, device=args.device))
     parameters = [p for m in modules.values() for p in m.parameters()] + [scale]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=.02, fused=True)
 
-    def embed(images):
+    def look(images):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and args.stage != "judge_clip"):  # ConvNeXt is faster in fp32
-            features = modules["vision"](images.to(args.device)).last_hidden_state
-        return modules["image"](features.float().mean((2, 3)))
+            return modules["vision"](images.to(args.device)).last_hidden_state.float().mean((2, 3))
+
+    def embed(images):
+        return modules["image"](look(images))
 
     def step(i, g):
         if with_text:
             batch = opened(world, args, i).sample(args.batch, g)
             ids = tokenize(tokenizer, batch.captions + falsified(world, batch, g), args.device)
-            a, (b, false) = embed(batch.images), modules["caption"](modules["text"](ids).pooler_output).chunk(2)
+            features, (b, false) = look(batch.images), modules["caption"](modules["text"](ids).pooler_output).chunk(2)
+            a, named = modules["image"](features), modules["nouns"](features)
+            shown = F.one_hot(batch.noun, named.shape[1]) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), named.shape[1]))
         else:
             views = opened(world, args, i).individuals(args.batch, g, alike=judge).flatten(0, 1)
             (a, b), false = embed(spoil(views, pca, g) if judge else views).chunk(2), None
         loss, accuracy = contrast(a, b, scale, false)
+        if with_text:  # captions alone teach the place first and the neighbour last
+            loss = loss + F.cross_entropy(named, shown.to(named) / shown.sum(1, keepdim=True).to(named))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -262,7 +302,7 @@ def train_encoder(args):
 # of 8 x 8 patches, so the diffusion networks need not wait. Decoded linearly, the free world keeps 26.8 dB of 24 components,
 # 30.5 of 48, 32.6 of 64. What is learned is a residual on top of that: first for exactness, then for sharpness.
 
-CHANNELS, PATCH = 64, 8  # --channels overrides
+CHANNELS, PATCH = 48, 8  # --channels overrides
 
 
 def principal_components(args):
@@ -274,7 +314,9 @@ def principal_components(args):
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
-        scale = values ** -.25  # half-way to white: fine detail stays quieter than colour, so it is denoised last
+        # Nearly white. Of a white code v has no linear part, so a network 96 wide need not copy 48 channels of noise to its output;
+        # what is left of the order keeps fine detail quieter than colour, so it is denoised last.
+        scale = values ** -.4
         scale /= (values * scale ** 2).mean().sqrt()
         basis = (vectors * scale).T
         save_tensors(path, {"basis": basis.view(CHANNELS, 3, PATCH, PATCH).float(), "mean": (basis @ mean).float()})
@@ -303,7 +345,7 @@ def psnr(a, b):
 
 
 def build_vae():
-    from autoencoder import PatchAutoencoder
+    from data.emoji.autoencoder import PatchAutoencoder
     return PatchAutoencoder(latent_channels=CHANNELS, patch=PATCH).to(memory_format=torch.channels_last)
 
 
@@ -393,14 +435,13 @@ def train_vae(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Teacher: v-prediction on Stable Diffusion's schedule. One trunk, two heads: v for the teacher, epsilon to start the
-# student from, so that the student need not learn to copy its input to one part in a hundred.
+# Teacher: v-prediction on Stable Diffusion's schedule.
 
-def build_unet(channels=CHANNELS):
+def build_unet():
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=CHANNELS, out_channels=channels, block_out_channels=(96, 144), layers_per_block=1,
+        sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(96, 144), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
     unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
@@ -416,15 +457,20 @@ def train_teacher(args):
     torch.manual_seed(args.seed)
     world, pca = World("pretrain", P, args.freedom), principal_components(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
-    unet, text = build_unet(2 * CHANNELS), build_text(tokenizer)
+    unet, text = build_unet(), build_text(tokenizer)
     if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
         text.load_state_dict(saved(args, "clip", "text"))
         print("text encoder starts from the clip stage")
-    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(tokenizer)]).requires_grad_(False).to(args.device)
+    if args.init:
+        for module, weights in zip((unet, text), shipped_teacher(args, world, pca)):
+            module.load_state_dict(weights)
+    ema = nn.ModuleList([build_unet(), build_text(tokenizer)]).requires_grad_(False).to(args.device)
     both = nn.ModuleList([unet, text]).to(args.device)
     ema.load_state_dict(both.state_dict())
     optimizer = torch.optim.AdamW(both.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=.01, fused=True)
     bar = alphas_cumprod().to(args.device)
+    if args.compile:
+        unet.compile()
 
     def step(i, g):
         batch = opened(world, args, i).sample(args.batch, g)
@@ -440,16 +486,14 @@ def train_teacher(args):
         s = (1 - a ** 2).sqrt()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             out = unet(a * z + s * eps, t, text(ids).last_hidden_state).sample
-        v, e = out.float().chunk(2, 1)
-        loss_v = (v - (a * eps - s * z)).square().mean()
-        loss_e = ((e - eps).square() / a.square().clamp(min=.05)).mean()  # in units of v, capped at high noise
+        loss = (out.float() - (a * eps - s * z)).square().mean()
         optimizer.zero_grad()
-        (loss_v + .15 * loss_e).backward()
+        loss.backward()
         average_gradients(both)
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
         follow(ema, both, i, .999)
-        return {"v": loss_v, "eps": loss_e}
+        return {"v": loss}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
     ids, empty = tokenize(tokenizer, fixed.captions, args.device), tokenize(tokenizer, [""] * 24, args.device)
@@ -464,11 +508,11 @@ def train_teacher(args):
 
 
 def ddim(unet, noise, text, empty, steps, guidance):
-    """Deterministic DDIM of the v head from pure noise with classifier-free guidance; returns z (B, CHANNELS, 8, 8)."""
+    """Deterministic DDIM from pure noise with classifier-free guidance; returns z (B, CHANNELS, 8, 8)."""
     bar, z = alphas_cumprod().to(noise), noise
     times = torch.linspace(999, 0, steps + 1).round().long()
     for now, then in zip(times[:-1], times[1:]):
-        v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample[:, :CHANNELS].float()
+        v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample.float()
         v, v0 = v.chunk(2)
         v = v0 + guidance * (v - v0)
         a, s = bar[now].sqrt(), (1 - bar[now]).sqrt()
@@ -489,13 +533,14 @@ def show(args, pca, z):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Student: epsilon-prediction, one step. Regression on (noise, caption, teacher's sample) triples gives the layout, a
+# Student: v-prediction like the teacher, from whose weights it starts, one step. (SD-Turbo predicts epsilon. From pure noise that
+# asks for a copy of the input to one part in a hundred, in 48 channels, of a network 96 wide.) Regression on (noise, caption, teacher's sample) triples gives the layout, a
 # small discriminator on latents of fresh real pictures gives the sharpness. A third of each batch practises the
 # lower noise levels of 2- and 4-step sampling.
 
 def load_teacher(args):
-    """The teacher's averaged two-headed UNet and text encoder."""
-    ema = nn.ModuleList([build_unet(2 * CHANNELS), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
+    """The teacher's averaged UNet and text encoder."""
+    ema = nn.ModuleList([build_unet(), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
     ema.load_state_dict(saved(args, "teacher", "ema"))
     return ema.requires_grad_(False).eval().to(args.device)
 
@@ -503,6 +548,8 @@ def load_teacher(args):
 def make_pairs(args):
     """Sample the teacher: `steps` batches of (noise, caption, z0) into pairs_SEED.safetensors."""
     unet, text = load_teacher(args)
+    if args.compile:
+        unet.compile()
     world, tokenizer = World("pretrain", P, args.freedom), build_tokenizer(Path(args.work) / "tokenizer")
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
@@ -540,11 +587,11 @@ def train_student(args):
     world, pca = World("pretrain", P, args.freedom), principal_components(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, critic = build_unet().to(args.device), LatentCritic().to(args.device)
-    state = trunk.state_dict()
-    state |= {k: state[k][CHANNELS:] for k in ("conv_out.weight", "conv_out.bias")}
-    unet.load_state_dict(state)
+    unet.load_state_dict(trunk.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(.5, .99), weight_decay=.01, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(.5, .99), fused=True)
+    if args.compile:
+        unet.compile()
     shards = [load_file(p, device=args.device) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
     noise, target, captions = (torch.cat([s[k] for s in shards]) for k in ("noise", "z", "ids"))
     print(f"{len(noise)} pairs")
@@ -552,7 +599,7 @@ def train_student(args):
 
     def predict(unet, z_t, t, context):
         a = bar[t].sqrt().view(-1, 1, 1, 1)
-        return (z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()) / a
+        return a * z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()
 
     def step(i, g):
         n = args.batch
@@ -609,8 +656,6 @@ def train_student(args):
 
 def export(args):
     """Write base/ from the checkpoints: teacher/, student/ (parts they share are links into teacher/), encoders/, judges/."""
-    import shutil
-
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
     work, base = Path(args.work), Path(args.base)
 
@@ -620,15 +665,13 @@ def export(args):
     shutil.rmtree(base, ignore_errors=True)
     tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae()
     vae.load_state_dict(part("vae", "ema"))
-    trunk, text = load_teacher(args)
-    teacher, student = build_unet(), build_unet()
-    state = trunk.state_dict()
-    teacher.load_state_dict(state | {k: state[k][:CHANNELS] for k in ("conv_out.weight", "conv_out.bias")})
+    teacher, text = load_teacher(args)
+    student = build_unet()
     student.load_state_dict(part("student", "unet"))
     noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
              "steps_offset": 1}
     schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
-                  "student": EulerDiscreteScheduler(prediction_type="epsilon", **noise)}
+                  "student": EulerDiscreteScheduler(prediction_type="v_prediction", **noise)}
     for name, unet in (("teacher", teacher), ("student", student)):
         StableDiffusionPipeline(vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
                                 scheduler=schedulers[name], safety_checker=None, feature_extractor=None,
@@ -660,7 +703,7 @@ def export(args):
 
 @torch.no_grad()
 def measure(args):
-    """The table of the readme: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
+    """Fill the table of README.md: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
 
     object, place   the clip judge's first choice among all nouns (all places), the other word given
     both            its first choices for either noun of a pair, the other given, are both right
@@ -723,6 +766,10 @@ def measure(args):
     rows = [(name, pictures[name][kind][i:i + 10]) for kind, i in (("one", 0), ("one", 10), ("one", 20), ("two", 0)) for name in ("teacher", "student")]
     save_png(grid(rows), base.parent / "samples.png")
     print("\n".join(real["one"].captions[:30] + real["two"].captions[:10]))
+    table = [f"| {args.samples} prompts, {args.samples // 2} of neighbours | object, of {len(nouns)} | place, of {len(PLACES)} | both neighbours | KID | edges | ms per image |", "|---" * 7 + "|"]
+    for name, row in scores.items():
+        table.append("| " + " | ".join([name, *(f"{row[k]:.3f}" for k in ("object", "place", "both")), f"{row['KID']:.0f}", f"{row['edges']:.2f}", f"{row.get('ms per image', '')}"]) + " |")
+    fill_marks(base.parent / "README.md", "pair", "end pair", "\n".join(table) + "\n", "measure")
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
@@ -735,6 +782,8 @@ if __name__ == "__main__":
     p.add_argument("--base", default=str(HERE / "base"), help="folder that `export` writes and `measure` reads")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast where it helps")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the UNet of a stage: two minutes first, then a fifth faster")
+    p.add_argument("--init", help="folder of a pair, such as base: go on from its weights; its code may be of another width")
     p.add_argument("--threads", type=int, default=1, help="per process")
     p.add_argument("--freedom", type=float, default=1.0, help="of the world: 0 upright on a grid, 1 free geometry and light")
     p.add_argument("--open_steps", type=int, default=0, help="steps over which freedom rises from 0 (0: from the first on)")
@@ -743,7 +792,7 @@ if __name__ == "__main__":
     p.add_argument("--lr", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
-    p.add_argument("--channels", type=int, default=64, help="width of the latent code")
+    p.add_argument("--channels", type=int, default=48, help="width of the latent code")
     p.add_argument("--sharpen", type=float, default=1.0, help="share of the vae's steps after which it is asked for sharpness (1: never)")
     p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
@@ -755,6 +804,8 @@ if __name__ == "__main__":
         if getattr(args, key) is None:
             setattr(args, key, value)
     torch.set_num_threads(args.threads)
+    if args.init and not (Path(args.work) / "tokenizer").exists():
+        shutil.copytree(Path(args.init) / "teacher" / "tokenizer", Path(args.work) / "tokenizer")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     STAGES[args.stage](args)
