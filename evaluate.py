@@ -13,7 +13,8 @@ identity   DINO over the prompts that leave the subject as it is: DINO over all 
            not draw "a red dog" red
 drift      1 - cosine of one-step pictures of unrelated prompts, before and after, same noise
 diversity  1 - cosine between seeds of one prompt
-In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks.
+In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks; and
+edges      edge energy in units of the world's own pictures: below 1 is soft, above it grainy
 Untouched models read the prompt without the token. data/benchmark/README.md holds the benchmark's tables.
 """
 import argparse
@@ -147,6 +148,9 @@ class Truths:
     def __init__(self, encoder, samples=3000, penalty=1e-3):
         sys.path.insert(0, str(Path(__file__).parent / "data" / "emoji"))
         import world
+        from measure import edge_energy
+        self.edge_energy, fresh = edge_energy, world.World("pretrain").sample(500, torch.Generator().manual_seed(3), flat_share=0)
+        self.sharpness = edge_energy(fresh.images)
         self.encoder, self.places, self.colours = encoder, world.PLACES, list(world.COLOURS)
         classes = {"place": len(self.places), "count": 3, "colour": len(self.colours)}
         features, labels = self.scenes(world, "pretrain+extra", samples, 1)
@@ -185,7 +189,7 @@ class Truths:
         """Shares of pictures (S * P, 3, H, W) with the place, objects and colour that the P templates ask."""
         def first(names, test):  # the number of the name that a template asks for, or -1
             return [next((i for i, name in enumerate(names) if test(t, name)), -1) for t in templates]
-        features, right = self.features(images), {}
+        features, right = self.features(images), {"edges": self.edge_energy(images) / self.sharpness}
         asked = {"place": first(self.places, str.endswith),
                  "count": [1 + (" next to " in t) for t in templates],
                  "colour": first(self.colours, lambda t, colour: f" {colour} {{}}" in t)}

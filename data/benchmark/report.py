@@ -18,7 +18,7 @@ from data.benchmark.blind import fill
 from data.disk import fail, fill_marks, save_text, write_atomically
 
 HERE = Path(__file__).parent
-SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "diversity", "drift"]
+SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "edges", "diversity", "drift"]
 LONGEST = 150  # characters of a name, which becomes one of a file
 FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
 COMPARED = {"CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",
@@ -193,17 +193,22 @@ def cost(results, method):
     return size, lines[0]["iterations"], f"{np.mean([x['train_cpu_seconds'] for x in lines]):.0f}"
 
 
+def scored(results):
+    """Those of SCORES that some result has."""
+    return [s for s in SCORES if any(s in row for line in results.values() for row in line["scores"].values())]
+
+
 def score_table(results):
     """(header, rows): means, with the interval of those that are compared."""
-    rows = []
+    rows, scores = [], scored(results)
     for method, model in row_names(results):
         (size, iterations, seconds), cells = cost(results, method), []
-        for score in SCORES:
+        for score in scores:
             values = list(by_subject(results, method, model, score).values())
             show = with_interval if score in COMPARED else lambda v: float(np.mean(v))
             cells.append(show(values) if values else None)
         rows.append([method, model, size, *cells, iterations, seconds])
-    return ["method", "model", "subjects x seeds", *SCORES, "iterations", "CPU s"], rows
+    return ["method", "model", "subjects x seeds", *scores, "iterations", "CPU s"], rows
 
 
 def difference_table(results, reference):
@@ -224,15 +229,15 @@ def short_table(results, reference):
 
     Students are compared with the reference's student, teachers with its teacher.
     """
-    rows = []
+    rows, scores = [], scored(results)
     for method, model in row_names(results):
         (size, _, seconds), cells = cost(results, method), []
-        for score in SCORES:
+        for score in scores:
             values = list(by_subject(results, method, model, score).values())
             mark = sign(paired(results, (reference, model), (method, model), score))
             cells.append(f"{np.mean(values):.3f} {mark}".rstrip() if values else None)
         rows.append([method, model, size, *cells, seconds])
-    return markdown(["method", "model", "subjects x seeds", *SCORES, "CPU s"], rows)
+    return markdown(["method", "model", "subjects x seeds", *scores, "CPU s"], rows)
 
 
 def update_readme(results, reference, path):
