@@ -143,7 +143,7 @@ def is_cached(repo, revision=None):
 
 
 def fetch_file(spec):
-    """Path of a file given as "folder/file" or as "owner/name/path/in/the/hub/repository"."""
+    """Path of a file given as "folder/file" or as "owner/name[@revision]/path/in/the/hub/repository"."""
     folder, _, file = str(spec).rpartition("/")
     if os.path.isdir(folder):
         return fetch(folder, file)
@@ -185,10 +185,10 @@ def announce_download(base, flags):
         return
     total, folder = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    print(f"downloading {total / 1e9:.1f} GB, once, into {folder}: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sizes.items()))
+    print(f"downloading {total / 1e9:.1f} GB, once, into {folder}: " + ", ".join(f"{k.partition('@')[0]} {v / 1e9:.2f} GB" for k, v in sizes.items()))
     for source in sizes:
         if source.partition("@")[0] in at.licences:
-            print(f"  {source} comes under the {at.licences[source.partition('@')[0]]}")
+            print(f"  {source.partition('@')[0]} comes under the {at.licences[source.partition('@')[0]]}")
     if total > free:
         fail(f"{folder} has {free / 1e9:.1f} GB free, but the download takes {total / 1e9:.1f} GB; free some space, or point HF_HOME to a larger disk")
 

@@ -386,18 +386,22 @@ Licence of the base: {licence}. Weights made from it are bound by it, too.
 
 def loading_code(part, role, base, exact, prompt, guidance, size):
     """The lines of plain diffusers that load one half of a run and draw its first sample."""
-    source = getattr(base, role)
-    source = Path(source).relative_to(ROOT) if Path(source).is_relative_to(ROOT) else source
+    def named(source):  # as arguments of from_pretrained and the like
+        name, _, revision = (str(source), "", "") if os.path.isdir(source) else str(source).partition("@")
+        return quoted(Path(name).relative_to(ROOT) if Path(name).is_relative_to(ROOT) else name), f", revision={quoted(revision)}" * bool(revision)
+
+    source, revision = named(getattr(base, role))
     lines = ["import torch", "from diffusers import StableDiffusionPipeline"]
     if base.folder and read_config(base.teacher, "vae")["_class_name"] == "PatchAutoencoder":
         lines.insert(1, "import data.emoji.autoencoder  # for from_pretrained")
     if not exact:
         lines += ["from safetensors.torch import load_file"]
-    lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({quoted(source)}, safety_checker=None)"]
+    lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({source}{revision}, safety_checker=None)"]
     if role == "student" and base.student_lora:
         folder, _, file = base.student_lora.rpartition("/")
+        folder, revision = named(folder)
         lines.insert(1, "from diffusers import EulerDiscreteScheduler")
-        lines += [f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
+        lines += [f"pipe.load_lora_weights({folder}{revision}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
                   'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")']
     steps, guidance = (1, 0.0) if role == "student" else (16, guidance)
     return "\n".join([

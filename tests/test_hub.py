@@ -39,12 +39,11 @@ def cache(pair_folders, tmp_path_factory):
     base = find_base("sd-turbo")
     for source, folder in ((base.teacher, pair_folders / "teacher"), (base.student, pair_folders / "student"), (base.tiny_vae, sizes / "tiny_vae"),
                            *((base.encoders[k], sizes / "encoders" / k) for k in ("dino", "dinov2", "clip"))):
-        repo, _, revision = source.partition("@")
-        hub.into_cache(folder, cache, repo, revision)
+        hub.into_cache(folder, cache, source)
     (sizes / "adapter" / "models").mkdir(parents=True)
     weights = load_file(sizes / "encoders" / "ip_adapter.safetensors")
     save_file(weights | {"ip_adapter.1.to_k_ip.weight": torch.ones(2, 2)}, sizes / "adapter" / "models" / "ip-adapter_sd15.safetensors")
-    hub.into_cache(sizes / "adapter", cache, "h94/IP-Adapter")
+    hub.into_cache(sizes / "adapter", cache, base.encoders["ip_adapter"].removesuffix("/models/ip-adapter_sd15.safetensors"))
     return cache
 
 
@@ -108,10 +107,10 @@ def test_an_incomplete_cache_names_the_file_and_the_mend(offline, concept, cache
     for file in part.glob("models--stabilityai*/snapshots/*/unet/*.safetensors"):
         file.unlink()
     code, said = exit_of(train_script.main, ["--concept", "dog", "--base", "sd-turbo", *SHORT], capsys)
-    assert code == 2 and "stabilityai/sd-turbo holds no diffusion_pytorch_model.safetensors in unet/" in said
+    assert code == 2 and f"{find_base('sd-turbo').student} holds no diffusion_pytorch_model.safetensors in unet/" in said
     shutil.rmtree(next(part.glob("models--stabilityai*")))
     code, said = exit_of(train_script.main, ["--concept", "dog", "--base", "sd-turbo", *SHORT], capsys)
-    assert code == 2 and "stabilityai/sd-turbo is not in the local cache and the hub cannot be reached" in said
+    assert code == 2 and f"{find_base('sd-turbo').student} is not in the local cache and the hub cannot be reached" in said
 
 
 @pytest.fixture
@@ -128,8 +127,8 @@ def test_a_first_run_says_what_it_downloads_and_a_second_needs_no_network(cache,
         said = capsys.readouterr().out
         line = next(line for line in said.splitlines() if line.startswith("downloading"))
         base = find_base("sd-turbo")
-        assert str(elsewhere) in line and " GB, once" in line and all(r in line for r in (base.teacher, base.student, *base.encoders.values()) if "IP" not in r)
-        assert "h94/IP-Adapter" in line and "Open RAIL++-M" in said and "Stability AI Community License" in said and base.tiny_vae not in line
+        assert str(elsewhere) in line and " GB, once" in line and all(r.partition("@")[0] in line for r in (base.teacher, base.student, *base.encoders.values()))
+        assert "h94/IP-Adapter" in line and "Open RAIL++-M" in said and "Stability AI Community License" in said and "taesd" not in line
         assert len(sent) == len(set(sent)) and not any(name.endswith(".bin") for name in sent)
         sizes = [f for f in elsewhere.rglob("*.safetensors")]
         assert f"downloading {sum(f.stat().st_size for f in sizes) / 1e9:.1f} GB" in line
@@ -156,8 +155,10 @@ def test_too_small_a_disk_is_said_before_the_download(cache, elsewhere, concept,
 
 
 def test_a_revision_can_be_named(offline, capsys):
-    assert fetch("stabilityai/sd-turbo@" + "2" * 40, OPTIONAL, needed=False) is None
-    assert fetch("stabilityai/sd-turbo@" + "2" * 40, "unet/config.json").is_file()
+    pinned = find_base("sd-turbo").student
+    assert len(pinned.partition("@")[2]) == 40
+    assert fetch(pinned, OPTIONAL, needed=False) is None
+    assert fetch(pinned, "unet/config.json").is_file()
     code, said = exit_of(lambda argv: fetch("stabilityai/sd-turbo@" + "4" * 40, "unet/config.json"), [], capsys)
     assert code == 2 and "4444 is not in the local cache" in said
 
