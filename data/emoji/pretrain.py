@@ -48,45 +48,65 @@ RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old 
 P = {"beside": .25, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
 
 
-def run(name, args, modules, optimizers, step, preview):
-    """Call `step(i, generator) -> {loss name: tensor}` args.steps times; log, preview, checkpoint and resume.
+class Batches(torch.utils.data.Dataset):
+    """Batch i of a stage, as `draw(i, generator)` makes it on the CPU. It depends on the seed, i and the process alone, so that a
+    killed run goes on as if nothing had happened, and --workers may draw ahead."""
+    def __init__(self, draw, seed, rank, processes):
+        self.draw, self.first, self.every = draw, seed * 1_000_003 + rank, processes
 
-    A batch depends on the seed and the step alone, so a killed run goes on as if nothing had happened.
-    """
+    def __getitem__(self, i):
+        return self.draw(i, torch.Generator().manual_seed(self.first + i * self.every))
+
+
+def run(name, args, modules, optimizers, draw, step, preview):
+    """Call `step(draw(i, generator)) -> {loss name: tensor}` args.steps times, or for args.minutes; log, preview, checkpoint and resume."""
     folder = Path(args.work) / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.safetensors"
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first = 0
+    first, before = 0, 0.
     if path.exists():
         meta, tensors = read_checkpoint(path)
         restore(tensors, meta["state"], modules | {f"optimizer.{k}": o for k, o in optimizers.items()})
-        first = meta["step"]
+        first, before = meta["step"], meta["seconds"]
     stop = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(1))
     log = open(folder / ("log.txt" if rank == 0 else f"log{rank}.txt"), "a", buffering=1)
     sums, start = {}, time.time()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5, disable=rank > 0)
-    for i in bar:
+    batches = iter(torch.utils.data.DataLoader(Batches(draw, args.seed, rank, processes), batch_size=None, sampler=range(first, args.steps),
+                                               num_workers=args.workers, multiprocessing_context="fork" if args.workers else None))
+    for i in tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5, disable=rank > 0):
+        seconds, stopped = together(before + time.time() - start, len(stop))
+        progress = max(i / args.steps, seconds / 60 / args.minutes if args.minutes else 0)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, args.steps)
-        losses = step(i, torch.Generator().manual_seed(args.seed * 1_000_003 + i * processes + rank))
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, progress)
+        losses = step(next(batches))
         for k, v in losses.items():
             sums.setdefault(k, []).append(v.detach())
-        if (i + 1) % args.log_every == 0:
+        last = i + 1 == args.steps or progress >= 1
+        if (i + 1) % args.log_every == 0 or last:
             means = {k: torch.stack(v).float().mean().item() for k, v in sums.items()}
-            line = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-            log.write(f"step {i + 1} {line} sec {time.time() - start:.0f}\n")
-            bar.set_postfix_str(line)
+            log.write(f"step {i + 1} " + " ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" sec {seconds:.0f}\n")
             sums = {}
-        if rank == 0 and ((i + 1) % args.save_every == 0 or i + 1 == args.steps or stop):
-            save_checkpoint(path, modules | {f"optimizer.{k}": o for k, o in optimizers.items()}, {"step": i + 1})
+        if rank == 0 and ((i + 1) % args.save_every == 0 or last or stopped):
+            save_checkpoint(path, modules | {f"optimizer.{k}": o for k, o in optimizers.items()}, {"step": i + 1, "seconds": seconds})
             save_png(grid([("", row) for row in preview().split(12)]), folder / "preview.png")
-        if stop:
+        if stopped:
             sys.exit(130)
+        if last:
+            break
     return folder
+
+
+def together(*numbers):
+    """The largest of each number over processes, so that all of them stop at one step."""
+    if dist.is_initialized():
+        shared = torch.tensor(numbers)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
+    return numbers
 
 
 def saved(args, stage, name):
@@ -142,9 +162,9 @@ def opened(world, args, i):
     return world
 
 
-def trapezoid(i, steps, warmup=200, decay=.3):
-    """Learning-rate factor: linear warm-up, constant, linear decay over the last part; steps may be raised on resume."""
-    return min(1, (i + 1) / warmup, (1 - i / steps) / decay)
+def trapezoid(i, progress, warmup=200, decay=.3):
+    """Learning-rate factor at step i: linear warm-up, constant, linear decay over the last part of the progress from 0 to 1."""
+    return max(0, min(1, (i + 1) / warmup, (1 - progress) / decay))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +192,7 @@ def build_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def tokenize(tokenizer, captions, device):
+def tokenize(tokenizer, captions, device="cpu"):
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 
@@ -262,19 +282,22 @@ def train_encoder(args):
     def embed(images):
         return modules["image"](look(images))
 
-    def step(i, g):
-        if with_text:
-            batch = opened(world, args, i).sample(args.batch, g)
-            ids = tokenize(tokenizer, batch.captions + falsified(world, batch, g), args.device)
-            features, (b, false) = look(batch.images), modules["caption"](modules["text"](ids).pooler_output).chunk(2)
-            a, named = modules["image"](features), modules["nouns"](features)
-            shown = F.one_hot(batch.noun, named.shape[1]) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), named.shape[1]))
-        else:
+    def draw(i, g):
+        if not with_text:
             views = opened(world, args, i).individuals(args.batch, g, alike=judge).flatten(0, 1)
-            (a, b), false = embed(spoil(views, pca, g) if judge else views).chunk(2), None
-        loss, accuracy = contrast(a, b, scale, false)
-        if with_text:  # captions alone teach the place first and the neighbour last
-            loss = loss + F.cross_entropy(named, shown.to(named) / shown.sum(1, keepdim=True).to(named))
+            return {"images": spoil(views, pca, g) if judge else views}
+        batch = opened(world, args, i).sample(args.batch, g)
+        shown = F.one_hot(batch.noun, len(world.nouns)) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), len(world.nouns)))
+        return {"images": batch.images, "ids": tokenize(tokenizer, batch.captions + falsified(world, batch, g)), "shown": shown / shown.sum(1, keepdim=True)}
+
+    def step(batch):
+        features = look(batch["images"])
+        if with_text:
+            b, false = modules["caption"](modules["text"](batch["ids"].to(args.device)).pooler_output).chunk(2)
+            loss, accuracy = contrast(modules["image"](features), b, scale, false)
+            loss = loss + F.cross_entropy(modules["nouns"](features), batch["shown"].to(args.device))  # captions alone teach the neighbour last
+        else:
+            loss, accuracy = contrast(*modules["image"](features).chunk(2), scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -294,7 +317,7 @@ def train_encoder(args):
         found = (embed(views[0]) @ F.normalize(embed(views[1]), dim=1).T).argmax(1)
         return torch.stack([views[0], views[1][found.cpu()]], 1).flatten(0, 1)
 
-    run(args.stage, args, modules | {"scale": {"scale": scale}}, {"adamw": optimizer}, step, preview)
+    run(args.stage, args, modules | {"scale": {"scale": scale}}, {"adamw": optimizer}, draw, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,7 +343,7 @@ def principal_components(args):
         scale /= (values * scale ** 2).mean().sqrt()
         basis = (vectors * scale).T
         save_tensors(path, {"basis": basis.view(CHANNELS, 3, PATCH, PATCH).float(), "mean": (basis @ mean).float()})
-    return load_file(path, device=args.device)
+    return load_file(path)
 
 
 def to_latents(pca, x):
@@ -331,7 +354,7 @@ def to_latents(pca, x):
 def from_latents(pca, z):
     """The linear decoding: diffusion latents (B, CHANNELS, 8, 8) to images (B, 3, 64, 64) in about [-1, 1]."""
     back = torch.linalg.pinv(pca["basis"].flatten(1)).T.view_as(pca["basis"])
-    return F.conv_transpose2d(z + pca["mean"].view(1, -1, 1, 1), back, stride=PATCH)
+    return F.conv_transpose2d(z + pca["mean"].to(z).view(1, -1, 1, 1), back.to(z), stride=PATCH)
 
 
 def edges(x):
@@ -384,7 +407,7 @@ def train_vae(args):
     critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr / 2, betas=(.5, .99), fused=True)
-    fixed = world.sample(256, torch.Generator().manual_seed(1)).images.to(args.device)
+    fixed = world.sample(256, torch.Generator().manual_seed(1)).images
     vision = None
     if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
         vision = build_vision("clip").eval().requires_grad_(False).to(args.device)
@@ -393,10 +416,13 @@ def train_vae(args):
     def perceived(x):  # unit feature vectors at each place of each stage
         return [F.normalize(h, dim=1) for h in vision(x, output_hidden_states=True).hidden_states]
 
-    def step(i, g):
-        x = opened(world, args, i).sample(args.batch, g).images.to(args.device, memory_format=torch.channels_last)
+    def draw(i, g):
+        x = opened(world, args, i).sample(args.batch, g).images
         z = to_latents(pca, x)
-        z = z + .12 * torch.rand(len(z), 1, 1, 1, generator=g).to(z) * torch.randn(z.shape, generator=g).to(z)
+        return x, z + args.vae_noise * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g), i
+
+    def step(batch):
+        x, z, i = batch[0].to(args.device, memory_format=torch.channels_last), batch[1].to(args.device), batch[2]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             out = vae.decode(z).sample.float()
         losses = {"l1": F.l1_loss(out, x), "edge": F.l1_loss(edges(out), edges(x)), "psnr": psnr(out, x)}
@@ -426,12 +452,12 @@ def train_vae(args):
 
     @torch.no_grad()
     def preview():
-        z = to_latents(pca, fixed)
-        rows = {"linear": ema.linear(z), "learned": torch.cat([ema.decode(c).sample for c in z.split(64)])}
+        z = to_latents(pca, fixed).to(args.device)
+        rows = {"linear": ema.linear(z).cpu(), "learned": torch.cat([ema.decode(c).sample for c in z.split(64)]).cpu()}
         print(" ".join(f"{k}: {psnr(v, fixed):.2f} dB, edges {edge_energy(v) / edge_energy(fixed):.3f} of real" for k, v in rows.items()), flush=True)
         return torch.stack([fixed[:32], *(v[:32] for v in rows.values())], 1).flatten(0, 1)
 
-    run("vae", args, {"vae": vae, "ema": ema, "critic": critic}, {"vae": optimizer, "critic": critic_optimizer}, step, preview)
+    run("vae", args, {"vae": vae, "ema": ema, "critic": critic}, {"vae": optimizer, "critic": critic_optimizer}, draw, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -472,16 +498,17 @@ def train_teacher(args):
     if args.compile:
         unet.compile()
 
-    def step(i, g):
-        batch = opened(world, args, i).sample(args.batch, g)
-        n = args.batch
+    def draw(i, g):
+        n, batch = args.batch, opened(world, args, i).sample(args.batch, g)
         dropped = torch.rand(n, generator=g) < .1
-        ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())], args.device)
-        z = to_latents(pca, batch.images.to(args.device))
-        eps = torch.randn(n, CHANNELS, 8, 8, generator=g).to(z)
+        ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
         t = torch.sigmoid(torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
-        t = torch.where(torch.rand(n, generator=g) < .06, 999, t).to(args.device)
+        t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
+        return to_latents(pca, batch.images), ids, t, torch.randn(n, CHANNELS, 8, 8, generator=g), i
+
+    def step(batch):
+        z, ids, t, eps = (x.to(args.device) for x in batch[:4])
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         s = (1 - a ** 2).sqrt()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -492,7 +519,7 @@ def train_teacher(args):
         average_gradients(both)
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        follow(ema, both, i, .999)
+        follow(ema, both, batch[4], .999)
         return {"v": loss}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
@@ -504,7 +531,7 @@ def train_teacher(args):
         z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
         return torch.stack([fixed.images, show(args, pca, z).cpu()], 1).flatten(0, 1)
 
-    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, step, preview)
+    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, draw, step, preview)
 
 
 def ddim(unet, noise, text, empty, steps, guidance):
@@ -601,27 +628,27 @@ def train_student(args):
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         return a * z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()
 
-    def step(i, g):
-        n = args.batch
-        row = torch.randint(len(noise), (n,), generator=g)
-        eps, z0, ids = noise[row].float(), target[row].float(), captions[row].long()
-        t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)].to(args.device)
+    def draw(i, g):
+        n, batch = args.batch, world.sample(args.batch, g)
+        t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)]
+        return (torch.randint(len(noise), (n,), generator=g), t, torch.randn(n, CHANNELS, 8, 8, generator=g),
+                to_latents(pca, batch.images), tokenize(tokenizer, batch.captions), i)
+
+    def step(batch):
+        row, t, fresh, real, real_ids = (x.to(args.device) for x in batch[:5])
+        eps, z0 = noise[row].float(), target[row].float()
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         first = (t == 999).view(-1, 1, 1, 1)
-        z_t = torch.where(first, 0, a * z0) + (1 - a ** 2).sqrt() * torch.where(first, eps, torch.randn(eps.shape, generator=g).to(eps))
+        z_t = torch.where(first, 0, a * z0) + (1 - a ** 2).sqrt() * torch.where(first, eps, fresh)
         with torch.no_grad():
-            encoded = text(ids)
+            encoded, real_caption = text(captions[row].long()), text(real_ids).pooler_output
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             z = predict(unet, z_t, t, encoded.last_hidden_state)
-        batch = world.sample(n, g)
-        real = to_latents(pca, batch.images.to(args.device))
-        with torch.no_grad():
-            real_caption = text(tokenize(tokenizer, batch.captions, args.device)).pooler_output
         # student
         regression = F.smooth_l1_loss(z, z0, beta=.5)
         realness = -critic(z, encoded.pooler_output).mean()
         g_r, g_d = (torch.autograd.grad(l, z, retain_graph=True)[0].norm() for l in (regression, realness))
-        weight = (args.gan * g_r / g_d.clamp(min=1e-8)) * min(1, i / 500)
+        weight = (args.gan * g_r / g_d.clamp(min=1e-8)) * min(1, batch[5] / 500)
         optimizer.zero_grad()
         (regression + weight * realness).backward()
         average_gradients(unet)
@@ -648,7 +675,7 @@ def train_student(args):
         teacher = ddim(trunk, start, context, empty, 12, args.guidance)
         return torch.stack([show(args, pca, teacher), show(args, pca, z)], 1).flatten(0, 1)
 
-    run("student", args, {"unet": unet, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, step, preview)
+    run("student", args, {"unet": unet, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, draw, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -775,7 +802,8 @@ def measure(args):
 STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
           "export": export, "measure": measure} | dict.fromkeys(["clip", "identity", "judge_clip", "judge_identity"], train_encoder)
 
-if __name__ == "__main__":
+def main(argv=None):
+    global CHANNELS
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stage", choices=STAGES)
     p.add_argument("--work", default=str(HERE / "work"), help="folder for checkpoints, logs and previews")
@@ -788,17 +816,20 @@ if __name__ == "__main__":
     p.add_argument("--freedom", type=float, default=1.0, help="of the world: 0 upright on a grid, 1 free geometry and light")
     p.add_argument("--open_steps", type=int, default=0, help="steps over which freedom rises from 0 (0: from the first on)")
     p.add_argument("--steps", type=int, help="may be raised on resume until the learning rate decays (last 30 %%)")
+    p.add_argument("--minutes", type=float, default=0, help="end after so long if that is earlier, with the learning rate decayed; 0: no limit")
+    p.add_argument("--workers", type=int, default=0, help="processes that draw batches ahead, for a GPU: a core draws some 1,400 pictures a second")
     p.add_argument("--batch", type=int, help="per process")
     p.add_argument("--lr", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
     p.add_argument("--channels", type=int, default=48, help="width of the latent code")
     p.add_argument("--sharpen", type=float, default=1.0, help="share of the vae's steps after which it is asked for sharpness (1: never)")
+    p.add_argument("--vae_noise", type=float, default=.12, help="noise on the codes that the decoder learns from, at most: more also smooths what a network draws")
     p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)
     p.add_argument("--save_every", type=int, default=500)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     CHANNELS = args.channels
     for key, value in RECIPE[args.stage].items():
         if getattr(args, key) is None:
@@ -809,3 +840,7 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     STAGES[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()

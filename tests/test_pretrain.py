@@ -1,0 +1,80 @@
+"""Pretraining of the embedded pair: its stages follow one another, go on after a kill and end in time. python -m pytest tests/test_pretrain.py"""
+import os
+import signal
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+BASE = str(ROOT / "data/emoji/base")
+
+
+@pytest.fixture(autouse=True)
+def own_threads_and_code(monkeypatch):
+    monkeypatch.setattr(pretrain, "CHANNELS", pretrain.CHANNELS)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def stage(name, *flags, work="work", batch=4):
+    pretrain.main([name, "--work", work, "--batch", str(batch), "--log_every", "1", *map(str, flags)])
+    return Path(work, name)
+
+
+def weights(folder):
+    return load_file(folder / "checkpoint.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(monkeypatch):
+    whole = weights(stage("identity", "--steps", 4))
+    with monkeypatch.context() as m:
+        kept = pretrain.Batches.__getitem__
+        m.setattr(pretrain.Batches, "__getitem__", lambda self, i: (os.kill(os.getpid(), signal.SIGTERM) if i == 1 else None, kept(self, i))[1])
+        with pytest.raises(SystemExit) as stop:
+            stage("identity", "--steps", 4, work="killed")
+    assert stop.value.code == 130 and not same(weights(Path("killed/identity")), whole)
+    assert same(weights(stage("identity", "--steps", 4, work="killed")), whole)
+    assert [line.split()[1] for line in open("killed/identity/log.txt")] == ["1", "2", "3", "4"]
+
+
+def test_workers_draw_the_same_batches():
+    assert same(weights(stage("identity", "--steps", 2)), weights(stage("identity", "--steps", 2, "--workers", 1, work="ahead")))
+
+
+def test_a_stage_ends_when_its_minutes_are_over_and_at_rest(monkeypatch):
+    factors, kept = [], pretrain.trapezoid
+    monkeypatch.setattr(pretrain, "trapezoid", lambda i, progress: factors.append(kept(i, progress)) or factors[-1])
+    folder = stage("identity", "--steps", 1000, "--minutes", 1e-9)
+    assert factors == [0] and len(open(folder / "log.txt").readlines()) == 1
+
+
+def test_the_rate_rises_holds_and_falls():
+    assert pretrain.trapezoid(0, 0) == 1 / 200 and pretrain.trapezoid(500, .5) == 1 and pretrain.trapezoid(900, .85) == pytest.approx(.5) and pretrain.trapezoid(9, 1) == 0
+
+
+def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
+    for name in ("clip", "identity", "judge_clip", "judge_identity"):
+        before = pretrain.shipped_encoder(type("", (), {"init": BASE, "stage": name}))["image"]["weight"]
+        after = weights(stage(name, "--steps", 1, "--init", BASE))["image/weight"]
+        assert 0 < (after - before).abs().max() < 1e-4, name  # one step at a two hundredth of the rate
+    stage("vae", "--steps", 2)
+    stage("teacher", "--steps", 1, "--init", BASE)
+    stage("pairs", "--steps", 1)
+    moved = weights(stage("student", "--steps", 2))
+    assert not torch.equal(moved["unet/conv_in.weight"], weights(Path("work/teacher"))["ema/0.conv_in.weight"])
+    stage("export", "--base", "base")
+    from data.base import load_encoders, load_pair
+    pair, encoders = load_pair("base", "<v>", "dog"), load_encoders("base")
+    assert set(encoders) == {"identity", "clip"} and pair.latent_shape == (pretrain.CHANNELS, 8, 8)
+    with torch.no_grad():
+        x = pair.decode(pair.student.sample(torch.randn(2, *pair.latent_shape), pair.text(["a dog", "a cat"]), 1))
+    assert x.shape == (2, 3, 64, 64) and x.isfinite().all()
+    assert torch.equal(pair.vae.decoder.outward.weight, weights(Path("work/vae"))["ema/decoder.outward.weight"].half().float())
