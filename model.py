@@ -485,7 +485,8 @@ def save_memory(pair, encoders):
             network.enable_gradient_checkpointing()
     for encoder in encoders.values():
         if isinstance(encoder, ViT):
-            encoder.vision.activation_checkpointing_enable()
+            enable = getattr(encoder.vision, "activation_checkpointing_enable", None) or encoder.vision.gradient_checkpointing_enable  # its name in older transformers
+            enable()
             encoder.vision.train()  # transformers checkpoint in training mode only; these have no dropout
 
 

@@ -134,7 +134,7 @@ def build(args, device, **loading):
     m = SimpleNamespace(
         device=device, pair=pair, encoders=encoders, heads=heads, moved=moved, rows=rows, empty=empty, echo=Echo(),
         name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts,
-        impl=resolve(args.kernels, device)[0], autocast=precision(device, args.mixed_precision),
+        impl=args.kernels, autocast=precision(device, args.mixed_precision),
         photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes),
         scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
         teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,

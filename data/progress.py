@@ -35,7 +35,7 @@ def announce(m, args, why, turns):
     if m.world == "emoji" and max(map(max, sizes.values())) > 256:  # no picture that was drawn for a small world is so large
         print(f"note: the {args.base} base draws {m.pair.resolution}-px emoji, and your photographs only in that manner; "
               "for pictures like them take --base sd-turbo, on a GPU")
-    print(f"alignment losses in {m.impl} ({resolve(args.kernels, m.device)[1]})")
+    print("alignment losses in {} ({})".format(*resolve(args.kernels, m.device)))
     print(f"concept {args.concept}: {m.photos.count} photos of {m.name!r}; training {args.train_unet} = "
           f"{sum(p.numel() for p in m.moved['teacher'].values()):,} weights in each UNet and one token of {m.pair.text.row.numel()}")
     print(", then ".join(f"{length} iterations of {who}" for who, length in stages) + f", batch {args.train_batch_size}")

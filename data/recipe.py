@@ -36,7 +36,7 @@ RUN = {
     "recipe": (str, None, None, "TOML file of settings on top of the base's own, such as data/sd-turbo/paper.toml"),
     "resolution": (int, (8, 4096), None, "pixels along one side; default: the student's own"),
     "device": (str, None, "auto", "auto, cpu, cuda or mps"),
-    "kernels": (("auto", "triton", "torch"), None, "auto", "of the alignment losses; auto: Triton on CUDA"),
+    "kernels": (("auto", "triton", "torch"), None, "auto", "of the alignment losses; auto: Triton on CUDA, where it is faster"),
     "tiny_vae": (bool, None, False, "decode for the image losses with the base's tiny autoencoder: cheaper"),
     "dinov2_size": (int, (14, 4200), 518, "pixels that DINOv2 sees, a multiple of 14; 224 costs a sixth"),
     "gradient_checkpointing": (bool, None, False, "less memory, about a third more time"),

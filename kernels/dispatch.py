@@ -31,7 +31,7 @@ def resolve(impl, device):
         return "torch", "no CUDA device"
     if triton is None:
         return "torch", "Triton is not installed"
-    return "triton", f"CUDA device, Triton {triton.__version__}"
+    return "triton", f"CUDA device, Triton {triton.__version__}; a sort where the patches are few"
 
 
 def on_device_of(x):

@@ -286,6 +286,18 @@ def test_without_a_gpu_torch_runs_and_asking_for_triton_needs_the_interpreter(mo
     assert resolve(None, "cpu")[0] == "torch"
 
 
+def test_auto_sorts_few_patches_and_counts_cells_of_many(monkeypatch):
+    asked = []
+    monkeypatch.setattr(swd, "resolve", lambda impl, device: asked.append(impl) or ("cells", ""))
+    x, y, w = rand(1, 3, 14, 14), rand(1, 3, 14, 14, seed=1), filters_of(2)
+    few, cells = (sliced_wasserstein(x, y, w, impl=i) for i in ("torch", "cells"))
+    assert not torch.equal(few, cells)
+    assert torch.equal(sliced_wasserstein(x, y, w), few) and asked == []
+    monkeypatch.setattr(swd, "FEW", 143)  # of 12 x 12
+    assert torch.equal(sliced_wasserstein(x, y, w, impl="auto"), cells) and asked == ["auto"]
+    assert torch.equal(sliced_wasserstein(x, y, w, 2, (1, 1), "auto"), sliced_wasserstein(x, y, w, 2, (1, 1), "torch")) and asked == ["auto"]
+
+
 def test_everything_runs_without_triton():
     code = """
 import sys

@@ -274,6 +274,7 @@ def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--base", default="emoji", help="emoji, sd-turbo, hyper-sd15, or a folder laid out like data/emoji/base")
     p.add_argument("--random_weights", action="store_true", help="full-size random networks, nothing is downloaded")
+    p.add_argument("--count", action=argparse.BooleanOptionalAction, default=True, help="count FLOPs and memory before the measurement")
     p.add_argument("--steps", type=int, default=10, help="iterations that are timed, after two that are not; 0 only counts")
     p.add_argument("--write", metavar="FILE", help="put the table of the embedded pair between the cost marks of a Markdown file")
     p.add_argument("--images", type=int, default=16, help="images drawn for the sampling table; 0 skips it")
@@ -301,9 +302,19 @@ def main(argv=None):
 
 
 def report(ours, args, plain):
-    """Print the counted table, then, where it is feasible, what was measured; plain: train.py's flags without any that lower the cost."""
-    n, large = args.train_batch_size, find_base(ours.base).folder is None
-    columns, echoes = {"ours": args}, []
+    """Print the counted tables, then, where it is feasible, what was measured; plain: train.py's flags without any that lower the cost."""
+    large = find_base(ours.base).folder is None
+    flops = print_counts(ours, args, plain, large) if ours.count else None
+    device, why = pick_device(args.device)
+    if not ours.steps or device.type == "cpu" and args.device == "auto" and large:
+        print("not timed: " + ("--steps 0" if not ours.steps else f"{why}; --device cpu would time it all the same, in many minutes and 14 GB"))
+        return
+    measure(ours, args, device, why, flops, 0 if large and device.type == "cpu" else 2)
+
+
+def print_counts(ours, args, plain, large):
+    """Print FLOPs by part and memory by flag set; returns the FLOPs of one iteration with the flags given."""
+    n, columns, echoes = args.train_batch_size, {"ours": args}, []
     if large:
         columns = {"published": train.parse_arguments([*plain, "--recipe", str(ROOT / "data/sd-turbo/paper.toml")]),
                    "ours": train.parse_arguments(plain), "with these flags": args}
@@ -323,11 +334,7 @@ def report(ours, args, plain):
     drawn = [f"{v / 1e12:.3g}" for v in count_picture(m.pair, args.tiny_vae)]
     print("one picture, one step: text encoder {}, UNet {}, decoder {} TFLOP".format(*drawn))
     print_memory({"published" if name == "published" else switches(flags): flags for name, (flags, _) in columns.items()}, args)
-    device, why = pick_device(args.device)
-    if not ours.steps or device.type == "cpu" and args.device == "auto" and large:
-        print("not timed: " + ("--steps 0" if not ours.steps else f"{why}; --device cpu would time it all the same, in many minutes and 14 GB"))
-        return
-    measure(ours, args, device, why, sum(list(columns.values())[-1][1].values()), 0 if large and device.type == "cpu" else 2)
+    return sum(list(columns.values())[-1][1].values())
 
 
 def print_memory(sets, args):
@@ -366,7 +373,7 @@ def measure(ours, args, device, why, flops, warm):
         print(f"| {part} | {s:.4g} |")
     seconds = sum(parts.values())
     print(f"| all | {seconds:.4g} |")
-    print(f"\n{switches(args)} -> {peak(device)}, {1 / seconds:.3g} it/s, {flops / seconds / 1e12:.3g} TFLOP/s")
+    print(f"\n{switches(args)} -> {peak(device)}, {1 / seconds:.3g} it/s" + (f", {flops / seconds / 1e12:.3g} TFLOP/s" if flops else ""))
     if ours.images:
         sampling(m.pair, device, ours.images)
 
