@@ -342,17 +342,19 @@ def to_lora(before, after, rank=None):
 # Frozen encoders and the critics on them
 
 class Encoder(nn.Module):
-    """A frozen image encoder with its projections; `clip` can also embed text."""
+    """A frozen image encoder with its projections; `clip` can also embed text, and as a judge it names what it sees."""
 
     has_critic = True  # a head stands on it
 
-    def __init__(self, vision, to_image, text=None, to_text=None):
+    def __init__(self, vision, to_image, text=None, to_text=None, nouns=None):
         super().__init__()
         self.vision = vision.float()
         self.register_buffer("to_image", to_image.float())
         if text is not None:
             self.text = text.float()
             self.register_buffer("to_text", to_text.float())
+        if nouns is not None:
+            self.register_buffer("nouns", nouns.float())
         self.eval().requires_grad_(False)
 
     @property
@@ -374,6 +376,10 @@ class Encoder(nn.Module):
     def embed(self, features):
         """Pooled features (B, width) to unit embeddings (B, d)."""
         return F.normalize(features @ self.to_image.T, dim=1)
+
+    def name(self, features):
+        """Pooled features to scores (B, nouns) of the world's nouns, one or more of which a picture shows."""
+        return F.pad(features, (0, 1), value=1) @ self.nouns.T
 
     def embed_text(self, tokenizer, prompts):
         """Prompts to unit embeddings (B, d) in the same space."""

@@ -392,7 +392,7 @@ def load_encoder(folder):
     vision = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     heads = load_file(Path(folder) / "heads.safetensors")
     text = CLIPTextModel.from_pretrained(Path(folder) / "text", use_safetensors=True) if "text" in heads else None
-    return Encoder(vision, heads["image"], text, heads.get("text"))
+    return Encoder(vision, heads["image"], text, heads.get("text"), heads.get("nouns"))
 
 
 def load_encoders(base, device="cpu", flags=None, dtype=None, random=False):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_script
+import data.emoji.autoencoder  # noqa: F401  from_pretrained looks it up among the imported modules
 from conftest import ROOT, train
 from data.base import load_pair
 from data.run import save_run, slug

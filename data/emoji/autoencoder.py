@@ -60,11 +60,14 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(latent_channels))
         self.decoder = Residual(width)
 
-    def set_code(self, basis, mean):
-        """Take the code z = conv2d(x, basis, stride) - mean; basis (C, 3, 8, 8), mean (C,)."""
+    def set_code(self, basis, mean, back=None):
+        """Take the code z = conv2d(x, basis, stride) - mean, read by conv_transpose2d(z + mean, back); basis, back (C, 3, 8, 8), mean (C,).
+
+        Without back it is the pseudo-inverse, which is the best one for principal components.
+        """
         self.basis.copy_(basis)
         self.mean.copy_(mean)
-        self.back.copy_(torch.linalg.pinv(basis.flatten(1)).T.view_as(basis))
+        self.back.copy_(torch.linalg.pinv(basis.flatten(1)).T.view_as(basis) if back is None else back)
 
     def encode(self, x, return_dict=True):
         z = F.conv2d(x, self.basis, stride=self.config.patch) - self.mean.view(1, -1, 1, 1)

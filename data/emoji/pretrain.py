@@ -5,6 +5,7 @@
     python data/emoji/pretrain.py identity         # instance encoder of the training family
     python data/emoji/pretrain.py judge_clip       # the judges: other architecture, seed and data order
     python data/emoji/pretrain.py judge_identity
+    python data/emoji/pretrain.py judge_names      # names the objects of a picture, one or two
     torchrun --nproc_per_node=2 data/emoji/pretrain.py teacher    # one thread a process; plain python works too
     python data/emoji/pretrain.py pairs --seed 0   # teacher samples to distil; any number of seeds, in parallel
     torchrun --nproc_per_node=2 data/emoji/pretrain.py student
@@ -41,8 +42,8 @@ from world import World, article, hue_jitter, words
 
 RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
     "clip": dict(steps=3000, batch=128, lr=2e-3), "identity": dict(steps=2000, batch=64, lr=2e-3),
-    "judge_clip": dict(steps=4000, batch=128, lr=2e-3), "judge_identity": dict(steps=3000, batch=64, lr=2e-3),
-    "vae": dict(steps=2400, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
+    "judge_clip": dict(steps=4000, batch=128, lr=2e-3), "judge_identity": dict(steps=3000, batch=64, lr=2e-3), "judge_names": dict(steps=4000, batch=128, lr=2e-3),
+    "vae": dict(steps=7000, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
     "pairs": dict(steps=400, batch=64, lr=0.), "student": dict(steps=12000, batch=48, lr=3e-4),
     "export": {}, "measure": {}}
 P = {"beside": .25, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
@@ -75,7 +76,8 @@ def run(name, args, modules, optimizers, draw, step, preview):
     log = open(folder / ("log.txt" if rank == 0 else f"log{rank}.txt"), "a", buffering=1)
     sums, start = {}, time.time()
     batches = iter(torch.utils.data.DataLoader(Batches(draw, args.seed, rank, processes), batch_size=None, sampler=range(first, args.steps),
-                                               num_workers=args.workers, multiprocessing_context="fork" if args.workers else None))
+                                               num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
+                                               pin_memory=args.device == "cuda"))
     for i in tqdm(range(first, args.steps), initial=first, total=args.steps, desc=name, mininterval=5, disable=rank > 0):
         seconds, stopped = together(before + time.time() - start, len(stop))
         progress = max(i / args.steps, seconds / 60 / args.minutes if args.minutes else 0)
@@ -121,29 +123,19 @@ def shipped_encoder(args):
     family, _, name = args.stage.rpartition("_")
     encoder = load_encoder(Path(args.init) / ("judges" if family else "encoders") / name)
     weights = {"vision": encoder.vision.state_dict(), "image": {"weight": encoder.to_image}}
-    return weights | {"text": encoder.text.state_dict(), "caption": {"weight": encoder.to_text}} if name == "clip" else weights
+    if name == "clip":
+        weights |= {"text": encoder.text.state_dict(), "caption": {"weight": encoder.to_text}}
+    if hasattr(encoder, "nouns"):
+        weights["nouns"] = {"weight": encoder.nouns[:, :-1], "bias": encoder.nouns[:, -1]}
+    return weights
 
 
-def shipped_teacher(args, world, pca):
-    """Weights of the teacher's UNet and text encoder as --init holds them, its code translated into ours.
-
-    Both codes of a patch are nearly linear, so least squares on pictures finds the matrix either way, and only the first and the last
-    convolution read or write a code. What the old code could not hold is read at random: read by nobody, it would be learned by nobody.
-    """
+def shipped_teacher(args):
+    """State of the teacher's UNet and text encoder as --init holds them."""
     from data.base import load_pair
     pair = load_pair(args.init, "<v>", "dog", flags={"mixed_precision": "no"})
-    x = world.sample(512, torch.Generator().manual_seed(3)).images
-    old, new = ((z.permute(1, 0, 2, 3).flatten(1).T) for z in (pair.encode(x), to_latents(pca, x)))
-    into, back = torch.linalg.lstsq(new, old).solution, torch.linalg.lstsq(old, new).solution  # new @ into = old
-    state = pair.teacher.unet.state_dict()
-    reader = state["conv_in.weight"]
-    unread = torch.eye(len(into)) - into @ torch.linalg.pinv(into)  # the part of our code without a counterpart
-    fresh = reader.std() * torch.randn(len(reader), len(into), *reader.shape[2:])
-    state["conv_in.weight"] = torch.einsum("ochw,nc->onhw", reader, into) + torch.einsum("onhw,nm->omhw", fresh, unread)
-    state["conv_out.weight"] = torch.einsum("cihw,cn->nihw", state["conv_out.weight"], back)
-    state["conv_out.bias"] = state["conv_out.bias"] @ back
-    words = {k: v[:pair.text.token_id] if v.ndim == 2 and len(v) == pair.text.token_id + 1 else v for k, v in pair.text.encoder.state_dict().items()}
-    return state, words
+    return pair.teacher.unet.state_dict(), {k: v[:pair.text.token_id] if v.ndim == 2 and len(v) == pair.text.token_id + 1 else v
+                                            for k, v in pair.text.encoder.state_dict().items()}
 
 
 def average_gradients(module):
@@ -204,7 +196,7 @@ def build_text(tokenizer):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
 
 
-WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 192}
+WIDTHS = {"clip": 192, "identity": 144, "judge_clip": 192, "judge_identity": 192, "judge_names": 192}
 
 
 def build_vision(stage):
@@ -213,7 +205,7 @@ def build_vision(stage):
     sizes = [48, 96, WIDTHS[stage]]
     if stage == "judge_identity":
         return RegNetModel(RegNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], groups_width=48, layer_type="x", downsample_in_first_stage=True))
-    if stage == "judge_clip":
+    if stage in ("judge_clip", "judge_names"):
         return ConvNextV2Model(ConvNextV2Config(hidden_sizes=sizes, depths=[2, 2, 2], num_stages=3))
     return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 2, 2], layer_type="basic"))
 
@@ -245,7 +237,7 @@ def falsified(world, batch, g):
     return out
 
 
-def spoil(images, pca, g):
+def spoil(images, linear, g):
     """Pictures (B, 3, 64, 64) in other light, half of them as a generator might draw them.
 
     Light: hue, saturation and value of each picture, as DINO does, so that an individual is its shape and marking more than its
@@ -253,15 +245,15 @@ def spoil(images, pca, g):
     """
     u = torch.rand(3, len(images), generator=g)
     images = hue_jitter((images + 1) / 2, (u[0] - .5) * .4, .6 + .8 * u[1], .7 + .6 * u[2]) * 2 - 1
-    z = to_latents(pca, images)
+    z = to_latents(linear, images)
     noisy = z + .5 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
-    return torch.where((torch.rand(len(z), generator=g) < .5).view(-1, 1, 1, 1), from_latents(pca, noisy).clamp(-1, 1), images)
+    return torch.where((torch.rand(len(z), generator=g) < .5).view(-1, 1, 1, 1), from_latents(linear, noisy).clamp(-1, 1), images)
 
 
 def train_encoder(args):
-    """Stages clip, identity (training family) and judge_clip, judge_identity (judges)."""
-    judge, with_text = args.stage.startswith("judge"), args.stage.endswith("clip")
-    args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40}[args.stage]
+    """Stages clip, identity (training family) and judge_clip, judge_identity, judge_names (judges)."""
+    judge, with_text = args.stage.startswith("judge"), not args.stage.endswith("identity")
+    args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40, "judge_names": 50}[args.stage]
     torch.manual_seed(args.seed)
     world = World("pretrain" if with_text else "pretrain+extra", P, args.freedom)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
@@ -273,10 +265,14 @@ def train_encoder(args):
     modules = {k: m.to(args.device) for k, m in modules.items()}
     scale = nn.Parameter(torch.tensor(2.6, device=args.device))
     parameters = [p for m in modules.values() for p in m.parameters()] + [scale]
+    if args.only:
+        for p in parameters:
+            p.requires_grad_(False)
+        parameters = list(modules[args.only].requires_grad_().parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=.02, fused=True)
 
     def look(images):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and args.stage != "judge_clip"):  # ConvNeXt is faster in fp32
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16 and args.stage not in ("judge_clip", "judge_names")):  # ConvNeXt is faster in fp32
             return modules["vision"](images.to(args.device)).last_hidden_state.float().mean((2, 3))
 
     def embed(images):
@@ -285,7 +281,7 @@ def train_encoder(args):
     def draw(i, g):
         if not with_text:
             views = opened(world, args, i).individuals(args.batch, g, alike=judge).flatten(0, 1)
-            return {"images": spoil(views, pca, g) if judge else views}
+            return {"images": spoil(views, linear, g) if judge else views}
         batch = opened(world, args, i).sample(args.batch, g)
         shown = F.one_hot(batch.noun, len(world.nouns)) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), len(world.nouns)))
         return {"images": batch.images, "ids": tokenize(tokenizer, batch.captions + falsified(world, batch, g)), "shown": shown / shown.sum(1, keepdim=True)}
@@ -304,7 +300,7 @@ def train_encoder(args):
         return {"loss": loss, "accuracy": accuracy}
 
     fixed = world.sample(24, torch.Generator().manual_seed(1)) if with_text else None
-    pca = principal_components(args) if args.stage == "judge_identity" else None
+    linear = code(args) if args.stage == "judge_identity" else None
     views = None if with_text else world.individuals(24, torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -322,39 +318,55 @@ def train_encoder(args):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Autoencoder: 64 px -> CHANNELS x 8 x 8. The code is linear and known before any training: the leading principal components
-# of 8 x 8 patches, so the diffusion networks need not wait. Decoded linearly, the free world keeps 26.8 dB of 24 components,
-# 30.5 of 48, 32.6 of 64. What is learned is a residual on top of that: first for exactness, then for sharpness.
+# of 8 x 8 patches, so the diffusion networks need not wait. Decoded linearly, 24 of them keep 26.6 dB. What is learned is a
+# residual on top of that: first for exactness, then for realness, which brings back most of what the code left out.
 
-CHANNELS, PATCH = 48, 8  # --channels overrides
+CHANNELS, PATCH = 24, 8  # --channels overrides
 
 
-def principal_components(args):
-    """{basis (CHANNELS, 3, 8, 8), mean (CHANNELS,)}: z = conv2d(x, basis, stride 8) - mean has unit mean variance."""
-    path = Path(args.work) / f"pca{CHANNELS}.safetensors"
+def code(args):
+    """{basis, back (CHANNELS, 3, 8, 8), mean (CHANNELS,)}: z = conv2d(x, basis, stride 8) - mean has unit mean variance; back decodes.
+
+    With --init it is that of its autoencoder, by least squares on pictures: it is linear, or nearly so.
+    """
+    path = Path(args.work) / "code.safetensors"
     if not path.exists():
         x = World("pretrain+extra", freedom=args.freedom).sample(4096, torch.Generator().manual_seed(7)).images
         patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
-        mean = patches.mean(0)
-        values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
-        # Nearly white. Of a white code v has no linear part, so a network 96 wide need not copy 48 channels of noise to its output;
-        # what is left of the order keeps fine detail quieter than colour, so it is denoised last.
-        scale = values ** -.4
-        scale /= (values * scale ** 2).mean().sqrt()
-        basis = (vectors * scale).T
-        save_tensors(path, {"basis": basis.view(CHANNELS, 3, PATCH, PATCH).float(), "mean": (basis @ mean).float()})
+        if args.init:
+            from data.base import load_pair
+            pair = load_pair(args.init, "<v>", "dog", flags={"mixed_precision": "no"})
+            with torch.no_grad():
+                z = torch.cat([pair.encode(part) for part in x.split(64)]).permute(0, 2, 3, 1).reshape(len(patches), -1).double()
+            into = torch.linalg.lstsq(F.pad(patches, (0, 1), value=1), z).solution
+            basis, mean = into[:-1].T, -into[-1]
+        else:
+            centre = patches.mean(0)
+            values, vectors = torch.linalg.eigh((patches - centre).T @ (patches - centre) / len(patches))
+            values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
+            scale = values ** -.25  # half-way to white: fine detail stays quieter than colour, so it is denoised last
+            basis = (vectors * scale / (values * scale ** 2).mean().sqrt()).T
+            mean = basis @ centre
+        back = torch.linalg.lstsq(patches @ basis.T, patches).solution
+        save_tensors(path, {"basis": basis.reshape(-1, 3, PATCH, PATCH).float(), "mean": mean.float(), "back": back.view(-1, 3, PATCH, PATCH).float()})
     return load_file(path)
 
 
-def to_latents(pca, x):
+def channels(args):
+    """Width of the code that a stage works in."""
+    if (Path(args.work) / "code.safetensors").exists():
+        return len(code(args)["mean"])
+    return json.loads((Path(args.init) / "teacher" / "vae" / "config.json").read_text())["latent_channels"] if args.init else args.channels
+
+
+def to_latents(linear, x):
     """Images (B, 3, 64, 64) in [-1, 1] to diffusion latents (B, CHANNELS, 8, 8)."""
-    return F.conv2d(x, pca["basis"], stride=PATCH) - pca["mean"].view(1, -1, 1, 1)
+    return F.conv2d(x, linear["basis"], stride=PATCH) - linear["mean"].view(1, -1, 1, 1)
 
 
-def from_latents(pca, z):
+def from_latents(linear, z):
     """The linear decoding: diffusion latents (B, CHANNELS, 8, 8) to images (B, 3, 64, 64) in about [-1, 1]."""
-    back = torch.linalg.pinv(pca["basis"].flatten(1)).T.view_as(pca["basis"])
-    return F.conv_transpose2d(z + pca["mean"].to(z).view(1, -1, 1, 1), back.to(z), stride=PATCH)
+    return F.conv_transpose2d(z + linear["mean"].to(z).view(1, -1, 1, 1), linear["back"].to(z), stride=PATCH)
 
 
 def edges(x):
@@ -397,12 +409,13 @@ class PixelCritic(nn.Module):
 def train_vae(args):
     """Residual of the decoder: exact in the first --sharpen of the steps, then also perceptually close and real to a critic.
 
-    It reads noisy codes, as the diffusion networks will give them. Features are those of the clip stage, if it has run.
+    It reads noisy codes, as the diffusion networks will give them: a student's differ from its teacher's by .3 of a leading
+    component's deviation and .9 of the last one's. Features are those of the clip stage, if it has run.
     """
     torch.manual_seed(args.seed)
     vae, ema = build_vae().to(args.device), build_vae().to(args.device).requires_grad_(False)
-    world, pca = World("pretrain+extra", P, args.freedom), principal_components(args)
-    vae.set_code(**pca)
+    world, linear = World("pretrain+extra", P, args.freedom), code(args)
+    vae.set_code(**linear)
     ema.load_state_dict(vae.state_dict())
     critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4, fused=True)
@@ -418,7 +431,7 @@ def train_vae(args):
 
     def draw(i, g):
         x = opened(world, args, i).sample(args.batch, g).images
-        z = to_latents(pca, x)
+        z = to_latents(linear, x)
         return x, z + args.vae_noise * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g), i
 
     def step(batch):
@@ -452,7 +465,7 @@ def train_vae(args):
 
     @torch.no_grad()
     def preview():
-        z = to_latents(pca, fixed).to(args.device)
+        z = to_latents(linear, fixed).to(args.device)
         rows = {"linear": ema.linear(z).cpu(), "learned": torch.cat([ema.decode(c).sample for c in z.split(64)]).cpu()}
         print(" ".join(f"{k}: {psnr(v, fixed):.2f} dB, edges {edge_energy(v) / edge_energy(fixed):.3f} of real" for k, v in rows.items()), flush=True)
         return torch.stack([fixed[:32], *(v[:32] for v in rows.values())], 1).flatten(0, 1)
@@ -481,14 +494,14 @@ def alphas_cumprod():
 
 def train_teacher(args):
     torch.manual_seed(args.seed)
-    world, pca = World("pretrain", P, args.freedom), principal_components(args)
+    world, linear = World("pretrain", P, args.freedom), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, text = build_unet(), build_text(tokenizer)
     if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
         text.load_state_dict(saved(args, "clip", "text"))
         print("text encoder starts from the clip stage")
     if args.init:
-        for module, weights in zip((unet, text), shipped_teacher(args, world, pca)):
+        for module, weights in zip((unet, text), shipped_teacher(args)):
             module.load_state_dict(weights)
     ema = nn.ModuleList([build_unet(), build_text(tokenizer)]).requires_grad_(False).to(args.device)
     both = nn.ModuleList([unet, text]).to(args.device)
@@ -499,13 +512,13 @@ def train_teacher(args):
         unet.compile()
 
     def draw(i, g):
-        n, batch = args.batch, opened(world, args, i).sample(args.batch, g)
-        dropped = torch.rand(n, generator=g) < .1
+        n, batch = args.batch * args.noises, opened(world, args, i).sample(args.batch, g)
+        dropped, z = torch.rand(args.batch, generator=g) < .1, to_latents(linear, batch.images)
         ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
         t = torch.sigmoid(torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
         t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
-        return to_latents(pca, batch.images), ids, t, torch.randn(n, CHANNELS, 8, 8, generator=g), i
+        return z.repeat(args.noises, 1, 1, 1), ids.repeat(args.noises, 1), t, torch.randn(n, CHANNELS, 8, 8, generator=g), i
 
     def step(batch):
         z, ids, t, eps = (x.to(args.device) for x in batch[:4])
@@ -529,7 +542,7 @@ def train_teacher(args):
     @torch.no_grad()
     def preview():
         z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
-        return torch.stack([fixed.images, show(args, pca, z).cpu()], 1).flatten(0, 1)
+        return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
 
     run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, draw, step, preview)
 
@@ -549,19 +562,19 @@ def ddim(unet, noise, text, empty, steps, guidance):
     return z
 
 
-def show(args, pca, z):
+def show(args, linear, z):
     """Decode with the autoencoder if its stage has run, else linearly."""
     path = Path(args.work) / "vae" / "checkpoint.safetensors"
     if path.exists():
         vae = build_vae().to(args.device)
         vae.load_state_dict(saved(args, "vae", "ema"))
         return vae.decode(z).sample
-    return from_latents(pca, z)
+    return from_latents(linear, z)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Student: v-prediction like the teacher, from whose weights it starts, one step. (SD-Turbo predicts epsilon. From pure noise that
-# asks for a copy of the input to one part in a hundred, in 48 channels, of a network 96 wide.) Regression on (noise, caption, teacher's sample) triples gives the layout, a
+# asks for a copy of the input to one part in a hundred.) Regression on (noise, caption, teacher's sample) triples gives the layout, a
 # small discriminator on latents of fresh real pictures gives the sharpness. A third of each batch practises the
 # lower noise levels of 2- and 4-step sampling.
 
@@ -611,10 +624,11 @@ class LatentCritic(nn.Module):
 def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
-    world, pca = World("pretrain", P, args.freedom), principal_components(args)
+    world, linear = World("pretrain", P, args.freedom), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
-    unet, critic = build_unet().to(args.device), LatentCritic().to(args.device)
+    unet, ema, critic = build_unet().to(args.device), build_unet().requires_grad_(False).to(args.device), LatentCritic().to(args.device)
     unet.load_state_dict(trunk.state_dict())
+    ema.load_state_dict(trunk.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(.5, .99), weight_decay=.01, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(.5, .99), fused=True)
     if args.compile:
@@ -632,7 +646,7 @@ def train_student(args):
         n, batch = args.batch, world.sample(args.batch, g)
         t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)]
         return (torch.randint(len(noise), (n,), generator=g), t, torch.randn(n, CHANNELS, 8, 8, generator=g),
-                to_latents(pca, batch.images), tokenize(tokenizer, batch.captions), i)
+                to_latents(linear, batch.images), tokenize(tokenizer, batch.captions), i)
 
     def step(batch):
         row, t, fresh, real, real_ids = (x.to(args.device) for x in batch[:5])
@@ -654,6 +668,7 @@ def train_student(args):
         average_gradients(unet)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
+        follow(ema, unet, batch[5])
         # critic
         on_real, on_fake = critic(real, real_caption), critic(z.detach(), encoded.pooler_output)
         on_wrong = critic(real, real_caption.roll(1, 0))
@@ -671,36 +686,52 @@ def train_student(args):
     def preview():
         context, empty = (text(tokenize(tokenizer, c, args.device)).last_hidden_state for c in (fixed.captions, [""] * 24))
         t = torch.full((24,), 999, device=args.device)
-        z = predict(unet, (1 - bar[999]).sqrt() * start, t, context)
+        z = predict(ema, (1 - bar[999]).sqrt() * start, t, context)
         teacher = ddim(trunk, start, context, empty, 12, args.guidance)
-        return torch.stack([show(args, pca, teacher), show(args, pca, z)], 1).flatten(0, 1)
+        return torch.stack([show(args, linear, teacher), show(args, linear, z)], 1).flatten(0, 1)
 
-    run("student", args, {"unet": unet, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, draw, step, preview)
+    run("student", args, {"unet": unet, "ema": ema, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, draw, step, preview)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Export: data/emoji/base in the diffusers layout
 
 def export(args):
-    """Write base/ from the checkpoints: teacher/, student/ (parts they share are links into teacher/), encoders/, judges/."""
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+    """Write what --work holds into base/: teacher/, student/ (parts they share are links into teacher/), encoders/, judges/.
+
+    What has no checkpoint there stays as it is: a new decoder or judge alone needs no new pair.
+    """
     work, base = Path(args.work), Path(args.base)
+    ran = {stage for stage in STAGES if (work / stage / "checkpoint.safetensors").exists()}
+    tokenizer = build_tokenizer(work / "tokenizer")
+    if "vae" in ran:
+        vae = build_vae()
+        vae.load_state_dict(saved(args, "vae", "ema"))
+        if "student" in ran:
+            export_pair(args, base, tokenizer, vae.half())
+        else:
+            shutil.rmtree(base / "teacher" / "vae")
+            vae.half().save_pretrained(base / "teacher" / "vae")
+            for index in (base / role / "model_index.json" for role in ("teacher", "student")):
+                save_json(index, json.loads(index.read_text()) | {"vae": [type(vae).__module__, type(vae).__name__]})
+    for stage in sorted(ran & set(WIDTHS)):
+        export_encoder(args, base, stage, tokenizer)
+    size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file() and not f.parent.is_symlink())
+    print(f"{base}: {size / 1e6:.1f} MB; written: {', '.join(sorted(ran - {'pairs'}))}")
 
-    def part(stage, name):
-        return saved(args, stage, name)
 
-    shutil.rmtree(base, ignore_errors=True)
-    tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae()
-    vae.load_state_dict(part("vae", "ema"))
+def export_pair(args, base, tokenizer, vae):
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
     teacher, text = load_teacher(args)
     student = build_unet()
-    student.load_state_dict(part("student", "unet"))
+    student.load_state_dict(saved(args, "student", "ema"))
     noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
              "steps_offset": 1}
     schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
                   "student": EulerDiscreteScheduler(prediction_type="v_prediction", **noise)}
     for name, unet in (("teacher", teacher), ("student", student)):
-        StableDiffusionPipeline(vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
+        shutil.rmtree(base / name, ignore_errors=True)
+        StableDiffusionPipeline(vae=vae, text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
                                 scheduler=schedulers[name], safety_checker=None, feature_extractor=None,
                                 requires_safety_checker=False).save_pretrained(base / name)
     config = base / "teacher" / "text_encoder" / "config.json"  # stored in fp16 like the rest, but to be loaded in fp32 like it
@@ -708,21 +739,24 @@ def export(args):
     for shared in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(base / "student" / shared)
         os.symlink(Path("..") / "teacher" / shared, base / "student" / shared)
-    for stage in ("clip", "identity", "judge_clip", "judge_identity"):
-        family, _, name = stage.rpartition("_")
-        folder = base / ("judges" if family else "encoders") / name
-        vision = build_vision(stage)
-        vision.load_state_dict(part(stage, "vision"))
-        vision.half().save_pretrained(folder)
-        heads = {"image": part(stage, "image")["weight"]}
-        if name == "clip":
-            encoder = build_text(tokenizer)
-            encoder.load_state_dict(part(stage, "text"))
-            encoder.half().save_pretrained(folder / "text")
-            heads |= {"text": part(stage, "caption")["weight"], "logit_scale": part(stage, "scale")["scale"].view(1)}
-        save_tensors(folder / "heads.safetensors", heads)
-    size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file() and not f.parent.is_symlink())
-    print(f"{base}: {size / 1e6:.1f} MB")
+
+
+def export_encoder(args, base, stage, tokenizer):
+    family, _, name = stage.rpartition("_")
+    folder = base / ("judges" if family else "encoders") / name
+    vision = build_vision(stage)
+    vision.load_state_dict(saved(args, stage, "vision"))
+    vision.half().save_pretrained(folder)
+    heads = {"image": saved(args, stage, "image")["weight"]}
+    if name == "clip":
+        encoder = build_text(tokenizer)
+        encoder.load_state_dict(saved(args, stage, "text"))
+        encoder.half().save_pretrained(folder / "text")
+        heads |= {"text": saved(args, stage, "caption")["weight"], "logit_scale": saved(args, stage, "scale")["scale"].view(1)}
+    if name == "names":
+        nouns = saved(args, stage, "nouns")
+        heads["nouns"] = torch.cat([nouns["weight"], nouns["bias"][:, None]], 1)
+    save_tensors(folder / "heads.safetensors", heads)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -732,14 +766,14 @@ def export(args):
 def measure(args):
     """Fill the table of README.md: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
 
-    object, place   the clip judge's first choice among all nouns (all places), the other word given
-    both            its first choices for either noun of a pair, the other given, are both right
+    object, both    the naming judge's first choice; either noun of a pair is among its first two
+    place           the clip judge's first choice among all places, the noun given
     KID             of the identity judge's embeddings against twice as many fresh real pictures; edges: in units of theirs
     """
     from data.base import load_encoder, load_pair
     from world import PLACES
     base = Path(args.base)
-    pair, judge, eye = load_pair(base, "<v>", "dog"), *(load_encoder(base / "judges" / k) for k in ("clip", "identity"))
+    pair, judge, eye, namer = load_pair(base, "<v>", "dog"), *(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names"))
     plain = dict.fromkeys(World.P, 0.0) | {"place": 1.0}
     alone, paired = World("pretrain", plain, args.freedom), World("pretrain", plain | {"beside": 1.0}, args.freedom)
     nouns, g = [article(w) for w in alone.nouns], torch.Generator().manual_seed(args.seed + 12345)
@@ -754,22 +788,20 @@ def measure(args):
         rows = torch.cat([judge.embed_text(pair.text.tokenizer, flat[i:i + 256]) for i in range(0, len(flat), 256)])
         return rows.view(len(captions), -1, rows.shape[1])
 
-    one, two = ([(nouns[a], nouns[b], PLACES[c]) for a, b, c in zip(r.noun.tolist(), r.beside.tolist(), r.place.tolist())] for r in real.values())
-    choices = {"object": (real["one"].noun, embed_text([[f"{w} {c}" for w in nouns] for _, _, c in one])),
-               "place": (real["one"].place, embed_text([[f"{a} {p}" for p in PLACES] for a, _, _ in one]))}
-    pair_choices = [(real["two"].noun, embed_text([[f"{w} next to {b} {c}" for w in nouns] for _, b, c in two])),
-                    (real["two"].beside, embed_text([[f"{a} next to {w} {c}" for w in nouns] for a, _, c in two]))]
+    places = embed_text([[f"{nouns[a]} {p}" for p in PLACES] for a in real["one"].noun.tolist()])
     fresh = alone.sample(2 * args.samples, g, flat_share=0).images
     known, sharp = embed(eye, fresh), edge_energy(fresh)
     root = known.shape[1] ** .5
 
-    def right(images, answer, captions):
-        return torch.einsum("nd,nkd->nk", embed(judge, images), captions).argmax(1) == answer
+    def named(images, answer, k):
+        """(n,): is the answer among the first k names?"""
+        return (torch.cat([namer.name(namer.features(x)).topk(k).indices for x in images.clamp(-1, 1).split(64)]) == answer[:, None]).any(1)
 
     def judged(images):
-        row = {k: right(images["one"], *v).float().mean().item() for k, v in choices.items()}
-        row["both"] = torch.stack([right(images["two"], *v) for v in pair_choices]).all(0).float().mean().item()
-        row = {k: round(v, 3) for k, v in row.items()}
+        row = {"object": named(images["one"], real["one"].noun, 1),
+               "place": torch.einsum("nd,nkd->nk", embed(judge, images["one"]), places).argmax(1) == real["one"].place,
+               "both": named(images["two"], real["two"].noun, 2) & named(images["two"], real["two"].beside, 2)}
+        row = {k: round(v.float().mean().item(), 3) for k, v in row.items()}
         return row | {"KID": round(kid(embed(eye, images["one"]) * root, known * root), 1),
                       "edges": round(edge_energy(images["one"]) / sharp, 3)}
 
@@ -800,7 +832,7 @@ def measure(args):
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
-          "export": export, "measure": measure} | dict.fromkeys(["clip", "identity", "judge_clip", "judge_identity"], train_encoder)
+          "export": export, "measure": measure} | dict.fromkeys(WIDTHS, train_encoder)
 
 def main(argv=None):
     global CHANNELS
@@ -811,26 +843,28 @@ def main(argv=None):
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast where it helps")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the UNet of a stage: two minutes first, then a fifth faster")
-    p.add_argument("--init", help="folder of a pair, such as base: go on from its weights; its code may be of another width")
+    p.add_argument("--init", help="folder of a pair, such as base: go on from its weights and in its code")
     p.add_argument("--threads", type=int, default=1, help="per process")
-    p.add_argument("--freedom", type=float, default=1.0, help="of the world: 0 upright on a grid, 1 free geometry and light")
+    p.add_argument("--freedom", type=float, default=0.0, help="of the world: 0 upright on a grid, as the shipped UNets know it, 1 free geometry and light")
     p.add_argument("--open_steps", type=int, default=0, help="steps over which freedom rises from 0 (0: from the first on)")
     p.add_argument("--steps", type=int, help="may be raised on resume until the learning rate decays (last 30 %%)")
     p.add_argument("--minutes", type=float, default=0, help="end after so long if that is earlier, with the learning rate decayed; 0: no limit")
     p.add_argument("--workers", type=int, default=0, help="processes that draw batches ahead, for a GPU: a core draws some 1,400 pictures a second")
     p.add_argument("--batch", type=int, help="per process")
+    p.add_argument("--noises", type=int, default=1, help="noise levels at which the teacher sees each picture of a batch: a GPU has time for more than one")
     p.add_argument("--lr", type=float)
+    p.add_argument("--only", help="the one module of an encoder stage that learns, such as nouns; the others stay as --init has them")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
-    p.add_argument("--channels", type=int, default=48, help="width of the latent code")
-    p.add_argument("--sharpen", type=float, default=1.0, help="share of the vae's steps after which it is asked for sharpness (1: never)")
-    p.add_argument("--vae_noise", type=float, default=.12, help="noise on the codes that the decoder learns from, at most: more also smooths what a network draws")
+    p.add_argument("--channels", type=int, default=24, help="width of the latent code, if --init does not say it")
+    p.add_argument("--sharpen", type=float, default=.2, help="share of the vae's steps after which it is asked for sharpness (1: never)")
+    p.add_argument("--vae_noise", type=float, default=.6, help="noise on the codes that the decoder learns from, at most: at .25 it sharpens a student's errors, too")
     p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)
     p.add_argument("--save_every", type=int, default=500)
     args = p.parse_args(argv)
-    CHANNELS = args.channels
+    CHANNELS = channels(args)
     for key, value in RECIPE[args.stage].items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -367,12 +367,12 @@ class World:
     def cropped_canvas(self, place, g):
         """Empty places (B, 3, SIZE, SIZE) in [0, 1]: a crop of a random variant of each, half of them mirrored."""
         n = len(place)
-        bank = backgrounds(2)[place, torch.randint(VARIANTS, (n,), generator=g)].float() / 255
+        bank = backgrounds(2)[place, torch.randint(VARIANTS, (n,), generator=g)].float()
         zoom = 1 - .3 * self.freedom * torch.rand(n, generator=g)
         shift = (1 - zoom) * (2 * torch.rand(n, generator=g) - 1)  # sideways: the horizon stays within the scene's own range
         mirror = torch.where(torch.rand(n, generator=g) < .5, -1.0, 1.0)
         zero = torch.zeros(n)
-        return look(bank, torch.stack([zoom * mirror, zero, shift, zero, zoom, zero], 1).view(n, 2, 3))
+        return look(bank, torch.stack([zoom * mirror, zero, shift, zero, zoom, zero], 1).view(n, 2, 3)) / 255  # a quarter of the pixels by now
 
     def extent(self, sprite, pixels, angle):
         """Half width and half height in pixels (B, 2) that sprites take up when drawn."""
