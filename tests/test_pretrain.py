@@ -1,5 +1,6 @@
 """Pretraining of the embedded pair: its stages follow one another, go on after a kill and end in time. python -m pytest tests/test_pretrain.py"""
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from world import World
 
 BASE = str(ROOT / "data/emoji/base")
 
@@ -61,11 +63,11 @@ def test_the_rate_rises_holds_and_falls():
 
 
 def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
-    for name in ("clip", "identity", "judge_clip", "judge_identity"):
+    for name in ("clip", "identity", "judge_clip", "judge_identity", "judge_names"):
         before = pretrain.shipped_encoder(type("", (), {"init": BASE, "stage": name}))["image"]["weight"]
         after = weights(stage(name, "--steps", 1, "--init", BASE))["image/weight"]
         assert 0 < (after - before).abs().max() < 1e-4, name  # one step at a two hundredth of the rate
-    stage("vae", "--steps", 2, "--sharpen", 0)
+    stage("vae", "--steps", 2, "--sharpen", 0, "--init", BASE)
     stage("teacher", "--steps", 1, "--noises", 2, "--init", BASE)
     stage("pairs", "--steps", 1)
     moved = weights(stage("student", "--steps", 2))
@@ -78,3 +80,23 @@ def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
         x = pair.decode(pair.student.sample(torch.randn(2, *pair.latent_shape), pair.text(["a dog", "a cat"]), 1))
     assert x.shape == (2, 3, 64, 64) and x.isfinite().all()
     assert torch.equal(pair.vae.decoder.outward.weight, weights(Path("work/vae"))["ema/decoder.outward.weight"].half().float())
+
+
+def test_export_writes_what_has_a_checkpoint_and_leaves_the_rest(tmp_path):
+    base = Path(shutil.copytree(BASE, tmp_path / "base", symlinks=True))
+    stage("vae", "--steps", 1, "--init", BASE)
+    before = {p: p.read_bytes() for p in base.rglob("*.safetensors")}
+    stage("export", "--base", base)
+    changed = {p.relative_to(base).as_posix() for p in base.rglob("*.safetensors") if p.read_bytes() != before[p]}
+    assert changed == {"teacher/vae/diffusion_pytorch_model.safetensors"}
+    from data.base import load_pair
+    old, new = load_pair(BASE, "<v>", "dog"), load_pair(base, "<v>", "dog")
+    with torch.no_grad():
+        x = World("pretrain").sample(2, torch.Generator().manual_seed(0)).images
+        assert (new.encode(x) - old.encode(x)).abs().max() < .01, "the same code"
+
+
+def test_one_module_may_learn_alone():
+    folder = stage("judge_names", "--steps", 2, "--only", "nouns", "--lr", .1, "--init", BASE)
+    shipped, moved = pretrain.shipped_encoder(type("", (), {"init": BASE, "stage": "judge_names"})), weights(folder)
+    assert torch.equal(moved["image/weight"], shipped["image"]["weight"]) and not torch.equal(moved["nouns/weight"], shipped["nouns"]["weight"])

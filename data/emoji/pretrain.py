@@ -331,7 +331,7 @@ def code(args):
     """
     path = Path(args.work) / "code.safetensors"
     if not path.exists():
-        x = World("pretrain+extra", freedom=args.freedom).sample(4096, torch.Generator().manual_seed(7)).images
+        x = World("pretrain+extra", freedom=args.freedom).sample(512 if args.init else 4096, torch.Generator().manual_seed(7)).images
         patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
         if args.init:
             from data.base import load_pair
@@ -703,17 +703,18 @@ def export(args):
     """
     work, base = Path(args.work), Path(args.base)
     ran = {stage for stage in STAGES if (work / stage / "checkpoint.safetensors").exists()}
-    tokenizer = build_tokenizer(work / "tokenizer")
+    tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae()
     if "vae" in ran:
-        vae = build_vae()
         vae.load_state_dict(saved(args, "vae", "ema"))
-        if "student" in ran:
-            export_pair(args, base, tokenizer, vae.half())
-        else:
-            shutil.rmtree(base / "teacher" / "vae")
-            vae.half().save_pretrained(base / "teacher" / "vae")
-            for index in (base / role / "model_index.json" for role in ("teacher", "student")):
-                save_json(index, json.loads(index.read_text()) | {"vae": [type(vae).__module__, type(vae).__name__]})
+    else:
+        vae = type(vae).from_pretrained(base / "teacher", subfolder="vae")
+    if "student" in ran:
+        export_pair(args, base, tokenizer, vae.half())
+    elif "vae" in ran:
+        shutil.rmtree(base / "teacher" / "vae")
+        vae.half().save_pretrained(base / "teacher" / "vae")
+        for index in (base / role / "model_index.json" for role in ("teacher", "student")):
+            save_json(index, json.loads(index.read_text()) | {"vae": [type(vae).__module__, type(vae).__name__]})
     for stage in sorted(ran & set(WIDTHS)):
         export_encoder(args, base, stage, tokenizer)
     size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file() and not f.parent.is_symlink())
@@ -851,7 +852,7 @@ def main(argv=None):
     p.add_argument("--minutes", type=float, default=0, help="end after so long if that is earlier, with the learning rate decayed; 0: no limit")
     p.add_argument("--workers", type=int, default=0, help="processes that draw batches ahead, for a GPU: a core draws some 1,400 pictures a second")
     p.add_argument("--batch", type=int, help="per process")
-    p.add_argument("--noises", type=int, default=1, help="noise levels at which the teacher sees each picture of a batch: a GPU has time for more than one")
+    p.add_argument("--noises", type=int, default=1, help="noise levels at which the teacher sees each picture of a batch")
     p.add_argument("--lr", type=float)
     p.add_argument("--only", help="the one module of an encoder stage that learns, such as nouns; the others stay as --init has them")
     p.add_argument("--seed", type=int, default=0)
