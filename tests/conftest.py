@@ -16,6 +16,12 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def other_precision():
+    """The --mixed_precision that is not this processor's own."""
+    from data.base import pick_precision
+    return "no" if pick_precision("cpu")[0] == "bf16" else "bf16"
+
+
 @pytest.fixture(scope="session")
 def pair():
     """The embedded pair with the token <v>; tests that change it must load their own."""

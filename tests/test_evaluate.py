@@ -132,7 +132,7 @@ def lines(folder="bench"):
 
 def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_again(hub_judges, capsys):
     flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "0,1", "--methods", "untouched", "--reference", "short", "--method", f"short={SHORT}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "evaluate.py"), *benchmark(*flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

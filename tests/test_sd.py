@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import model
 import sample as sample_script
 import train as train_script
-from conftest import ROOT, exit_of, train
+from conftest import ROOT, exit_of, other_precision, train
 from data.benchmark import full_size
 from data.base import load_tokenizer, fetch, find_base, load_encoders, load_pair
 
@@ -133,7 +133,7 @@ def test_a_plain_diffusers_pipeline_draws_what_sample_draws(bases, concept):
 
 @pytest.mark.parametrize("flags", [
     ("--tiny_vae",), ("--crop", "pad"), ("--resolution", 48), ("--dinov2_size", 28), ("--recipe", ROOT / "data/sd-turbo/paper.toml", "--mixed_precision", "bf16"),
-    ("--mixed_precision", "no")], ids=str)
+    ("--mixed_precision", other_precision())], ids=str)
 def test_every_flag_of_the_real_pair_is_read(flags, bases, concept, reference):
     widen(concept)
     run = train("--base", bases["sd2"], "--dinov2_size", 42, "--max_train_steps", 2, "--echo_steps", 0, "--no-size_augmentation",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample as sample_script
 import train as train_script
-from conftest import ROOT, train
+from conftest import ROOT, other_precision, train
 from data.images import to_pil
 from data.images import load_photos
 from data.base import load_encoders, load_pair
@@ -73,7 +73,7 @@ def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):
     ("--scene_prompts", 0), ("--flip",), ("--lr_decay", 1), ("--size_augmentation",), ("--weight_alignment",), ("--target_noise", .9), ("--no-carry",), ("--kv_rate", 3), ("--no-detach_prompt",),
     ("--guidance_scale", 1), ("--train_unet", "kv"), ("--train_unet", "attention"), ("--teacher_lr", 0), ("--student_lr", 0),
     ("--token_lr", 0), ("--critic_lr", .01), ("--weight_decay", .5), ("--max_grad_norm", .01), ("--swd_projections", 3), ("--swd_positions", 100), ("--lpips_weight", 1),
-    ("--train_batch_size", 2), ("--mixed_precision", "no"), ("--class_word", "cat")], ids=str)
+    ("--train_batch_size", 2), ("--mixed_precision", other_precision()), ("--class_word", "cat")], ids=str)
 def test_every_flag_is_read(concept, flags, reference):
     run = train("--max_train_steps", 2, "--echo_steps", 0, *flags)
     assert not same(reference, tensors(run)), f"{flags} changed nothing"
