@@ -264,11 +264,11 @@ def sliced_wasserstein(x, y, filters, step=1, corner=(0, 0), impl=None):
     (the same in plain torch) agree with it as this file's docstring says, if |projection - centre| < 63.9. "auto" (or None) sorts on a
     CPU, and everywhere up to FEW patches.
     """
-    if impl in (None, "auto"):
-        height, width = ((side - start - filters.shape[-1]) // step + 1 for side, start in zip(x.shape[-2:], corner))
-        impl = "torch" if height * width <= FEW else resolve(impl, x.device)[0]
-    elif impl == "triton":
-        resolve(impl, x.device)
+    rows, columns = ((side - start - filters.shape[-1]) // step + 1 for side, start in zip(x.shape[-2:], corner))
+    if impl in (None, "auto") and rows * columns <= FEW:
+        impl = "torch"
+    elif impl in (None, "auto", "triton"):
+        impl = resolve(impl, x.device)[0]
     if not len(x):
         impl = "torch"  # no programs to launch
     if impl == "triton" and x.is_cuda and x.dtype == torch.float64:

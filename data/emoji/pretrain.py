@@ -794,14 +794,15 @@ def measure(args):
     known, sharp = embed(eye, fresh), edge_energy(fresh)
     root = known.shape[1] ** .5
 
-    def named(images, answer, k):
-        """(n,): is the answer among the first k names?"""
-        return (torch.cat([namer.name(namer.features(x)).topk(k).indices for x in images.clamp(-1, 1).split(64)]) == answer[:, None]).any(1)
+    def names(images, k):
+        """(n, k): the first k names of each picture."""
+        return torch.cat([namer.name(namer.features(x)).topk(k).indices for x in images.clamp(-1, 1).split(64)])
 
     def judged(images):
-        row = {"object": named(images["one"], real["one"].noun, 1),
+        both = names(images["two"], 2)
+        row = {"object": names(images["one"], 1)[:, 0] == real["one"].noun,
                "place": torch.einsum("nd,nkd->nk", embed(judge, images["one"]), places).argmax(1) == real["one"].place,
-               "both": named(images["two"], real["two"].noun, 2) & named(images["two"], real["two"].beside, 2)}
+               "both": torch.stack([(both == v[:, None]).any(1) for v in (real["two"].noun, real["two"].beside)]).all(0)}
         row = {k: round(v.float().mean().item(), 3) for k, v in row.items()}
         return row | {"KID": round(kid(embed(eye, images["one"]) * root, known * root), 1),
                       "edges": round(edge_energy(images["one"]) / sharp, 3)}
