@@ -14,6 +14,7 @@ identity   DINO over the prompts that leave the subject as it is: DINO over all 
 drift      1 - cosine of one-step pictures of unrelated prompts, before and after, same noise
 diversity  1 - cosine between seeds of one prompt
 In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks; and
+neighbour  whether the naming judge finds the second object that a prompt asks for
 edges      edge energy in units of the world's own pictures: below 1 is soft, above it grainy
 Untouched models read the prompt without the token. data/benchmark/README.md holds the benchmark's tables.
 """
@@ -145,13 +146,13 @@ class Truths:
     their accuracy on fresh pictures of held-out sprites.
     """
 
-    def __init__(self, encoder, samples=3000, penalty=1e-3):
+    def __init__(self, encoder, namer, samples=3000, penalty=1e-3):
         sys.path.insert(0, str(Path(__file__).parent / "data" / "emoji"))
+        import measure
         import world
-        from measure import edge_energy
-        self.edge_energy, fresh = edge_energy, world.World("pretrain").sample(500, torch.Generator().manual_seed(3), flat_share=0)
-        self.sharpness = edge_energy(fresh.images)
-        self.encoder, self.places, self.colours = encoder, world.PLACES, list(world.COLOURS)
+        self.measure, self.namer, drawn = measure, namer, world.World("pretrain")
+        self.sharpness = measure.edge_energy(drawn.sample(500, torch.Generator().manual_seed(3), flat_share=0).images)
+        self.encoder, self.places, self.colours, self.nouns = encoder, world.PLACES, list(world.COLOURS), drawn.nouns
         classes = {"place": len(self.places), "count": 3, "colour": len(self.colours)}
         features, labels = self.scenes(world, "pretrain+extra", samples, 1)
         self.probes = {k: self.fit(features, labels[k], n, penalty) for k, n in classes.items()}
@@ -189,7 +190,7 @@ class Truths:
         """Shares of pictures (S * P, 3, H, W) with the place, objects and colour that the P templates ask."""
         def first(names, test):  # the number of the name that a template asks for, or -1
             return [next((i for i, name in enumerate(names) if test(t, name)), -1) for t in templates]
-        features, right = self.features(images), {"edges": self.edge_energy(images) / self.sharpness}
+        features, right = self.features(images), {"edges": self.measure.edge_energy(images) / self.sharpness}
         asked = {"place": first(self.places, str.endswith),
                  "count": [1 + (" next to " in t) for t in templates],
                  "colour": first(self.colours, lambda t, colour: f" {colour} {{}}" in t)}
@@ -198,6 +199,10 @@ class Truths:
             seen = (features @ self.probes[k]).argmax(1).view(-1, len(templates))
             if (wanted >= 0).any():
                 right[k] = (seen == wanted)[:, wanted >= 0].double().mean().item()
+        wanted = torch.tensor(first(self.nouns, lambda t, noun: re.search(rf"next to an? {noun}\b", t)))
+        if (wanted >= 0).any():
+            seen = self.measure.name_neighbours(self.namer, images).cpu().view(2, -1, len(templates))
+            right["neighbour"] = (seen == wanted).any(0)[:, wanted >= 0].double().mean().item()
         return right
 
 
@@ -234,7 +239,7 @@ class Scorer:
 
     def __init__(self, base, judges, unrelated, device, num_seeds, pair):
         self.judges = load_judges(judges, base, pair.text.tokenizer, device)
-        self.truths = Truths(self.judges["clip"].encoder) if judges == "embedded" else None
+        self.truths = Truths(self.judges["clip"].encoder, load_encoder(own_judges(base) / "names").to(device)) if judges == "embedded" else None
         self.unrelated, self.num_seeds = unrelated, num_seeds
         self.before = self.embed("clip", draw(pair, ("student", 1), unrelated, 1, 1.0))
 

@@ -95,9 +95,9 @@ def test_a_hub_judge_sees_what_the_models_own_processor_would_show_it(hub_judges
 
 
 def test_the_probes_find_in_the_worlds_own_drawings_what_the_prompts_ask():
-    encoder = evaluate.load_encoder(ROOT / "data" / "emoji" / "base" / "judges" / "clip")
+    judges = [evaluate.load_encoder(ROOT / "data" / "emoji" / "base" / "judges" / k) for k in ("clip", "names")]
     with torch.no_grad():
-        truths = evaluate.Truths(encoder, samples=1000)
+        truths = evaluate.Truths(*judges, samples=1000)
         templates = evaluate.read_spec("emoji")["prompts"]["object"]
         images = __import__("world").illustrate("teapot", templates * 4, torch.Generator().manual_seed(0))
         right, wrong = truths.score(images, templates), truths.score(images, templates[7:] + templates[:7])

@@ -18,7 +18,7 @@ from data.benchmark.blind import fill
 from data.disk import fail, fill_marks, save_text, write_atomically
 
 HERE = Path(__file__).parent
-SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "colour", "edges", "diversity", "drift"]
+SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "neighbour", "colour", "edges", "diversity", "drift"]
 LONGEST = 150  # characters of a name, which becomes one of a file
 FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
 COMPARED = {"CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",

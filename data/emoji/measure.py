@@ -1,6 +1,7 @@
 """What a judge that only names objects does not see, and whether a judge sees what it should.
 
     kid(features, features of real pictures), edge_energy(images)     # pure functions
+    name_objects(judge, images), name_neighbours(judge, images)
     python data/emoji/measure.py                                      # real pictures spoiled on purpose, as the judges see them
 
 The table's first row holds the scores of real pictures; every other row how much each score moves when those are spoiled.
@@ -38,6 +39,17 @@ def edge_energy(images):
     x = (images.clamp(-1, 1) + 1) / 2
     right, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
     return (right.square() + down.square()).sqrt().mean().item()
+
+
+def name_objects(judge, images):
+    """(N,) numbers of the nouns that the naming judge says first of images (N, 3, H, W)."""
+    return torch.cat([judge.name(judge.features(x)).argmax(1) for x in images.clamp(-1, 1).split(64)])
+
+
+def name_neighbours(judge, images):
+    """(2, N): the same for the left and the right half of images of two objects, each half in the middle of a picture of its own."""
+    quarter = images.shape[-1] // 4
+    return torch.stack([name_objects(judge, F.pad(half, (quarter, quarter, 0, 0), mode="replicate")) for half in images.chunk(2, 3)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
