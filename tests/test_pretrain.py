@@ -53,13 +53,13 @@ def test_workers_draw_the_same_batches():
 
 def test_a_stage_ends_when_its_minutes_are_over_and_at_rest(monkeypatch):
     factors, kept = [], pretrain.trapezoid
-    monkeypatch.setattr(pretrain, "trapezoid", lambda i, progress: factors.append(kept(i, progress)) or factors[-1])
+    monkeypatch.setattr(pretrain, "trapezoid", lambda *a: factors.append(kept(*a)) or factors[-1])
     folder = stage("identity", "--steps", 1000, "--minutes", 1e-9)
     assert factors == [0] and len(open(folder / "log.txt").readlines()) == 1
 
 
 def test_the_rate_rises_holds_and_falls():
-    assert pretrain.trapezoid(0, 0) == 1 / 200 and pretrain.trapezoid(500, .5) == 1 and pretrain.trapezoid(900, .85) == pytest.approx(.5) and pretrain.trapezoid(9, 1) == 0
+    assert pretrain.trapezoid(0, 0, .3) == 1 / 200 and pretrain.trapezoid(500, .5, .3) == 1 and pretrain.trapezoid(900, .85, .3) == pytest.approx(.5) and pretrain.trapezoid(9, 1, .3) == 0
 
 
 def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():

@@ -58,15 +58,15 @@ def test_portraits_are_the_default_concept():
 # ---------------------------------------------------------------------------------------------------------------
 # Freedom: what no caption names.
 
-FIRST = ["a doughnut on a black background", "a truck in space"]  # of the world before it knew of freedom, generator of seed 0
+FIRST = ["a doughnut on a black background", "a truck in space"]  # of the first pair's world, which knew of no freedom; seed 0
 SECOND = ["a picture of a red rabbit on a pink background", "a flat drawing of a turtle in front of a brick wall"]
 MEANS = [.3926, -.1405, .0549, -.0904]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """draw(n, seed, freedom, **p) -> (batch, silhouettes [(n, 64, 64), ...], poses) of each call of `paint`."""
-    def draw(n, seed, freedom, **p):
+    """draw(n, seed, freedom, cells, **p) -> (batch, silhouettes [(n, 64, 64), ...], poses) of each call of `paint`."""
+    def draw(n, seed, freedom, cells=False, **p):
         masks, poses = [], []
 
         def record(canvas, rgba, pixels, centre, angle, flip, shadow=None):
@@ -75,7 +75,7 @@ def drawn(monkeypatch):
             poses.append((pixels, centre, angle, flip))
             return paint(canvas, rgba, pixels, centre, angle, flip, shadow)
         monkeypatch.setattr(module, "paint", record)
-        batch = World("pretrain", dict(World.P, **p), freedom).sample(n, torch.Generator().manual_seed(seed))
+        batch = World("pretrain", dict(World.P, **p), freedom, cells).sample(n, torch.Generator().manual_seed(seed))
         return batch, masks, poses
     return draw
 
@@ -86,24 +86,23 @@ def box(mask):
     return columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1
 
 
-def test_without_freedom_the_world_is_the_one_the_shipped_pair_was_trained_in(world):
-    g = torch.Generator().manual_seed(0)
+def test_without_freedom_the_world_is_the_one_that_the_first_pair_was_trained_in():
+    world, g = World("pretrain", freedom=0.), torch.Generator().manual_seed(0)
     first, second = world.sample(4, g), world.sample(4, g)
     assert first.captions[:2] == FIRST and second.captions[:2] == SECOND
     assert (second.images.mean((1, 2, 3)) - torch.tensor(MEANS)).abs().max() < 1e-3
 
 
-def test_freedom_changes_pictures_and_no_caption(world):
-    free = World("pretrain", freedom=1.).sample(64, torch.Generator().manual_seed(0))
-    bound = world.sample(64, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("cells", [False, True])
+def test_freedom_changes_pictures_and_no_caption(cells):
+    free, bound = (World("pretrain", None, f, cells).sample(64, torch.Generator().manual_seed(0)) for f in (1., 0.))
     assert free.captions == bound.captions and free.images.abs().max() <= 1
     assert ((free.images - bound.images).abs().mean((1, 2, 3)) > .01).all()
 
 
 def test_a_little_freedom_changes_little(world):
     g = lambda: torch.Generator().manual_seed(0)
-    far, near = (World("pretrain", {"flip": 0.}, f).sample(64, g()) for f in (1., .02))
-    upright = World("pretrain", {"flip": 0.}).sample(64, g())
+    far, near, upright = (World("pretrain", {"flip": 0.}, f, cells=False).sample(64, g()) for f in (1., .02, 0.))
     assert (near.images - upright.images).abs().mean() < .5 * (far.images - upright.images).abs().mean()
 
 
@@ -131,14 +130,22 @@ def test_in_freedom_small_is_small_and_still_something_and_big_is_big(drawn):
     assert sum(by_word["big"]) / len(by_word["big"]) > 50
 
 
-@pytest.mark.parametrize("freedom", [.5, 1.])
-def test_in_freedom_neighbours_are_both_whole_and_both_large_enough_to_be_recognised(drawn, freedom):
-    batch, (subjects, neighbours), _ = drawn(200, 0, freedom, beside=1., medium=0.)
+def test_in_freedom_of_whole_cells_sizes_and_places_are_cells_and_both_vary(drawn):
+    _, masks, [(pixels, centre, angle, flip)] = drawn(400, 0, .7, True, beside=0., medium=0., tilt=0.)
+    assert (pixels % 8 == 0).all() and len(pixels.unique()) >= 4
+    assert (centre * 32 % 8 == 0).all() and centre.std(0).min() > .1
+    assert .2 < (angle != 0).float().mean() < .45 and .2 < flip.float().mean() < .6
+    assert torch.quantile(masks[0].mean((1, 2)), .02) > .03
+
+
+@pytest.mark.parametrize("freedom, cells", [(.5, False), (1., False), (.7, True)])
+def test_in_freedom_neighbours_are_both_whole_and_both_large_enough_to_be_recognised(drawn, freedom, cells):
+    batch, (subjects, neighbours), _ = drawn(200, 0, freedom, cells, beside=1., medium=0.)
     assert all("next to" in c for c in batch.captions)
     assert (subjects * neighbours).amax((1, 2)).max() < .6  # at most the soft outlines touch
     for masks in (subjects, neighbours):
         border = torch.cat([masks[:, 0], masks[:, -1], masks[..., 0], masks[..., -1]], 1)
-        assert border.max() < (.5 if freedom == 1 else .8)  # at 0 they stand one pixel from it, and tilt
+        assert cells or border.max() < (.5 if freedom == 1 else .9)  # at 0 they stand one pixel from it, and tilt; of cells at it
         sides = [max(r - l, b - t) for l, t, r, b in map(box, masks)]
         assert min(sides) >= 17 and sum(sides) / len(sides) > 26
 
@@ -156,7 +163,7 @@ def test_free_portraits_differ_in_size_place_tilt_and_light_and_show_the_same_si
 
 def test_the_range_of_each_word_lies_around_or_beside_its_size():
     for word, (low, high) in module.RANGES.items():
-        assert low < high and (word == "close-up" or low <= SIZES[word] <= high)
+        assert low < high and (word in ("close-up", "beside") or low <= SIZES[word] <= high)
 
 
 def test_free_illustrations_hold_what_the_templates_ask_and_are_never_mirrored(monkeypatch):
@@ -165,5 +172,5 @@ def test_free_illustrations_hold_what_the_templates_ask_and_are_never_mirrored(m
     pictures = illustrate("dog face", templates, torch.Generator().manual_seed(0), freedom=1.)
     (pixels, centre, _, flip), (_, beside, _, other_flip) = poses
     assert pictures.shape == (3, 3, SIZE, SIZE) and pictures[0].mean() < pictures[2].mean() - .5  # night, snow
-    assert pixels[0] < 30 < 50 < pixels[2] and not flip.any() and not other_flip.any()
+    assert pixels[0] <= 32 and pixels[2] >= 56 and not flip.any() and not other_flip.any()
     assert centre[1, 0] * beside[0, 0] < 0 or abs(centre[1, 0] - beside[0, 0]) > .5

@@ -37,8 +37,8 @@ from safetensors.torch import load_file
 from data.images import grid, save_png
 from data.disk import fill_marks, save_json, save_tensors
 from data.run import read_checkpoint, restore, save_checkpoint
-from measure import edge_energy, kid
-from world import World, article, hue_jitter, words
+from measure import edge_energy, kid, name_neighbours, name_objects
+from world import FREEDOM, World, article, hue_jitter, words
 
 RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
     "clip": dict(steps=3000, batch=128, lr=2e-3), "identity": dict(steps=2000, batch=64, lr=2e-3),
@@ -46,7 +46,7 @@ RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old 
     "vae": dict(steps=7000, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
     "pairs": dict(steps=400, batch=64, lr=0.), "student": dict(steps=12000, batch=48, lr=3e-4),
     "export": {}, "measure": {}}
-P = {"beside": .25, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
+P = {"beside": .35, "size": .25}  # more neighbours and sizes than the world draws of itself: they are harder to learn
 
 
 class Batches(torch.utils.data.Dataset):
@@ -83,7 +83,7 @@ def run(name, args, modules, optimizers, draw, step, preview):
         progress = max(i / args.steps, seconds / 60 / args.minutes if args.minutes else 0)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, progress)
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * trapezoid(i, progress, args.decay)
         losses = step(next(batches))
         for k, v in losses.items():
             sums.setdefault(k, []).append(v.detach())
@@ -154,7 +154,7 @@ def opened(world, args, i):
     return world
 
 
-def trapezoid(i, progress, warmup=200, decay=.3):
+def trapezoid(i, progress, decay, warmup=200):
     """Learning-rate factor at step i: linear warm-up, constant, linear decay over the last part of the progress from 0 to 1."""
     return max(0, min(1, (i + 1) / warmup, (1 - progress) / decay))
 
@@ -255,7 +255,7 @@ def train_encoder(args):
     judge, with_text = args.stage.startswith("judge"), not args.stage.endswith("identity")
     args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40, "judge_names": 50}[args.stage]
     torch.manual_seed(args.seed)
-    world = World("pretrain" if with_text else "pretrain+extra", P, args.freedom)
+    world = World("pretrain" if with_text else "pretrain+extra", P, args.freedom, args.cells)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
@@ -414,7 +414,7 @@ def train_vae(args):
     """
     torch.manual_seed(args.seed)
     vae, ema = build_vae().to(args.device), build_vae().to(args.device).requires_grad_(False)
-    world, linear = World("pretrain+extra", P, args.freedom), code(args)
+    world, linear = World("pretrain+extra", P, args.freedom, args.cells), code(args)
     vae.set_code(**linear)
     ema.load_state_dict(vae.state_dict())
     critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
@@ -494,7 +494,7 @@ def alphas_cumprod():
 
 def train_teacher(args):
     torch.manual_seed(args.seed)
-    world, linear = World("pretrain", P, args.freedom), code(args)
+    world, linear = World("pretrain", P, args.freedom, args.cells), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, text = build_unet(), build_text(tokenizer)
     if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
@@ -590,7 +590,7 @@ def make_pairs(args):
     unet, text = load_teacher(args)
     if args.compile:
         unet.compile()
-    world, tokenizer = World("pretrain", P, args.freedom), build_tokenizer(Path(args.work) / "tokenizer")
+    world, tokenizer = World("pretrain", P, args.freedom, args.cells), build_tokenizer(Path(args.work) / "tokenizer")
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -624,7 +624,7 @@ class LatentCritic(nn.Module):
 def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
-    world, linear = World("pretrain", P, args.freedom), code(args)
+    world, linear = World("pretrain", P, args.freedom, args.cells), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, ema, critic = build_unet().to(args.device), build_unet().requires_grad_(False).to(args.device), LatentCritic().to(args.device)
     unet.load_state_dict(trunk.state_dict())
@@ -767,7 +767,7 @@ def export_encoder(args, base, stage, tokenizer):
 def measure(args):
     """Fill the table of README.md: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
 
-    object, both    the naming judge's first choice; either noun of a pair is among its first two
+    object, both    the naming judge's first choice; for a pair that of each half, in the middle of a picture of its own
     place           the clip judge's first choice among all places, the noun given
     KID             of the identity judge's embeddings against twice as many fresh real pictures; edges: in units of theirs
     """
@@ -776,7 +776,7 @@ def measure(args):
     base = Path(args.base)
     pair, judge, eye, namer = load_pair(base, "<v>", "dog"), *(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names"))
     plain = dict.fromkeys(World.P, 0.0) | {"place": 1.0}
-    alone, paired = World("pretrain", plain, args.freedom), World("pretrain", plain | {"beside": 1.0}, args.freedom)
+    alone, paired = (World("pretrain", plain | {"beside": p}, args.freedom, args.cells) for p in (0.0, 1.0))
     nouns, g = [article(w) for w in alone.nouns], torch.Generator().manual_seed(args.seed + 12345)
     real = {"one": alone.sample(args.samples, g, flat_share=0), "two": paired.sample(args.samples // 2, g, flat_share=0)}
     noise = {k: torch.randn(len(v.captions), *pair.latent_shape, generator=g) for k, v in real.items()}
@@ -794,15 +794,12 @@ def measure(args):
     known, sharp = embed(eye, fresh), edge_energy(fresh)
     root = known.shape[1] ** .5
 
-    def names(images, k):
-        """(n, k): the first k names of each picture."""
-        return torch.cat([namer.name(namer.features(x)).topk(k).indices for x in images.clamp(-1, 1).split(64)])
-
     def judged(images):
-        both = names(images["two"], 2)
-        row = {"object": names(images["one"], 1)[:, 0] == real["one"].noun,
+        left, right = name_neighbours(namer, images["two"])
+        a, b = real["two"].noun, real["two"].beside
+        row = {"object": name_objects(namer, images["one"]) == real["one"].noun,
                "place": torch.einsum("nd,nkd->nk", embed(judge, images["one"]), places).argmax(1) == real["one"].place,
-               "both": torch.stack([(both == v[:, None]).any(1) for v in (real["two"].noun, real["two"].beside)]).all(0)}
+               "both": (left == a) & (right == b) | (left == b) & (right == a)}
         row = {k: round(v.float().mean().item(), 3) for k, v in row.items()}
         return row | {"KID": round(kid(embed(eye, images["one"]) * root, known * root), 1),
                       "edges": round(edge_energy(images["one"]) / sharp, 3)}
@@ -847,10 +844,12 @@ def main(argv=None):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the UNet of a stage: two minutes first, then a fifth faster")
     p.add_argument("--init", help="folder of a pair, such as base: go on from its weights and in its code")
     p.add_argument("--threads", type=int, default=1, help="per process")
-    p.add_argument("--freedom", type=float, default=0.0, help="of the world: 0 upright on a grid, as the shipped UNets know it, 1 free geometry and light")
+    p.add_argument("--freedom", type=float, default=FREEDOM, help="of the world: 0 upright and in the middle, 1 free geometry and light")
+    p.add_argument("--cells", action=argparse.BooleanOptionalAction, default=True, help="places and sizes at whole cells of the code in freedom, too")
     p.add_argument("--open_steps", type=int, default=0, help="steps over which freedom rises from 0 (0: from the first on)")
-    p.add_argument("--steps", type=int, help="may be raised on resume until the learning rate decays (last 30 %%)")
+    p.add_argument("--steps", type=int, help="may be raised on resume")
     p.add_argument("--minutes", type=float, default=0, help="end after so long if that is earlier, with the learning rate decayed; 0: no limit")
+    p.add_argument("--decay", type=float, default=.3, help="share of a run over which the learning rate falls to 0; more --minutes on resume raise it again")
     p.add_argument("--workers", type=int, default=0, help="processes that draw batches ahead, for a GPU: a core draws some 1,400 pictures a second")
     p.add_argument("--batch", type=int, help="per process")
     p.add_argument("--noises", type=int, default=1, help="noise levels at which the teacher sees each picture of a batch")

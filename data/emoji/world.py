@@ -16,11 +16,12 @@ The grammar of captions (brackets: optional; every word the base ever reads is h
 A flat drawing shows Twemoji's individual, anything else Fluent's. Where a caption names no colour, the subject
 keeps its own up to a small unnamed jitter; where it names no place, the place is any.
 
-What no caption names is geometry and light. `World(freedom=f)` opens them: at 0 subjects stand upright on an 8-px grid,
-mostly in the middle; at 1 size (within the range of its word), place, tilt, mirror, crop of the background and light vary
-as in a person's photos, and neighbours stand beside each other, both whole. A curriculum may raise f on the way.
+What no caption names is geometry and light. `World(freedom=f)` opens them: at 0 subjects stand upright and mostly in the
+middle; at 1 size (within the range of its word), place, tilt, mirror, crop of the background and light vary as in a person's
+photos, and neighbours stand beside each other, both whole. A curriculum may raise f on the way; the pair knows FREEDOM. With
+`cells`, the default, places and sizes are whole cells of the autoencoder's 8-px grid all the same.
 
-    python data/emoji/world.py --freedom 1                              # the speed, 64 captions and a grid
+    python data/emoji/world.py --freedom .7                             # the speed, 64 captions and a grid
     python data/emoji/world.py --subject "dog face" --output data/dog   # five pictures of one held-out individual
 """
 import functools
@@ -49,8 +50,9 @@ PLACES = SCENES + [f"on a {c} background" for c in COLOURS]  # place number -> w
 MEDIA = ["", "a photo of ", "a picture of ", "a close-up photo of ", "a flat drawing of "]
 CLOSE_UP, FLAT = 3, 4
 SIZES = {"": 48, "small": 28, "big": 56, "close-up": 64, "beside": 30}  # drawn size in pixels
-RANGES = {"": (34, 52), "small": (20, 29), "big": (54, 62), "close-up": (68, 80), "beside": (27, 46)}  # the same at freedom 1
-GRID = 8  # objects sit on the autoencoder's grid of 8 px: a latent network is blind to shifts by whole cells only
+RANGES = {"": (34, 52), "small": (20, 29), "big": (54, 62), "close-up": (68, 80), "beside": (31, 42)}  # the same at freedom 1
+GRID = 8  # px of a cell of the autoencoder: a latent network is blind to shifts by whole cells only
+FREEDOM = 0.0  # of the world that the shipped pair knows; .7 is as far as a free one should go for so small a network
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,6 +255,10 @@ def hue_jitter(rgb, hue, saturation, value):
     return (torch.einsum("bij,bjhw->bihw", turn * value[:, None, None], rgb)).clamp(0, 1)
 
 
+def whole_cells(pixels):
+    return (pixels / GRID).round() * GRID
+
+
 def frame(pixels, centre, angle, flip):
     """(B, 2, 3) for affine_grid: where on its tile a picture finds a sprite of so many pixels, centre, tilt and mirror."""
     c, s = angle.cos() * SIZE / pixels, angle.sin() * SIZE / pixels
@@ -310,12 +316,13 @@ class World:
     """Composes pictures from the sprites of one or more splits ("pretrain+extra").
 
     p        probabilities of the grammar's optional parts
-    freedom  0: geometry and light as the docstring's first sentence on them has it, 1: as its second; may be changed later
+    freedom  of geometry and light, from 0 to 1; may be changed later
+    cells    keep places and sizes at whole cells in freedom, too, and tilt only a third of the objects
     """
     P = {"colour": .2, "spotted": .05, "size": .15, "beside": .1, "place": .92, "medium": .35,
          "tilt": .08, "flip": .12, "shift": .2}  # the last three are geometry that no caption names
 
-    def __init__(self, splits="pretrain", p=None, freedom=0.0):
+    def __init__(self, splits="pretrain", p=None, freedom=FREEDOM, cells=True):
         self.entries, tiles = load_sprites(splits.split("+"))
         self.sprites = tiles.float() / 255
         self.bank = backgrounds()
@@ -326,7 +333,7 @@ class World:
                         for n in range(len(self.nouns))]
         self.palette = torch.tensor(list(COLOURS.values()))
         self.p = {**self.P, **(p or {})}
-        self.freedom = freedom
+        self.freedom, self.cells = freedom, cells
         seen = self.sprites[:, 3] > .5
         self.box = torch.stack([seen.any(1).sum(1), seen.any(2).sum(1)], 1) / TILE  # (N, 2) width and height, the longer about 1
 
@@ -387,6 +394,7 @@ class World:
         at freedom 1 and mixed with the given one. kind (B,): row of RANGES; rows, other (K,): where neighbours stand, and which.
         """
         n, k, f = len(place), len(rows), self.freedom
+        snap = whole_cells if self.cells else lambda v: v
 
         def middle(*shape):  # in [-1, 1], more often near 0
             return torch.rand(*shape, generator=g) + torch.rand(*shape, generator=g) - 1
@@ -397,7 +405,10 @@ class World:
             free = low + (high - low) * torch.rand(len(kind), generator=g)
             again = torch.rand(len(kind), generator=g) < f * mirror
             flip = torch.where(again, torch.rand(len(kind), generator=g) < .5, flip)
-            return rgba, pixels, centre, angle, flip, free, .4 * middle(len(kind))
+            tilt = .4 * middle(len(kind))
+            if self.cells:
+                tilt = tilt * (torch.rand(len(kind), generator=g) < 1 / 3)
+            return rgba, pixels, centre, angle, flip, snap(free), tilt
 
         rgba, pixels, centre, angle, flip, size, tilt = pose(subject, kind)
         half = self.extent(sprite, size, tilt)
@@ -408,12 +419,17 @@ class World:
             rgba2, pixels2, centre2, angle2, flip2, size2, tilt2 = pose(neighbour, kind[rows])
             half2 = self.extent(other, size2, tilt2)
             fit = ((SIZE - 3) / 2 / (half[rows, 0] + half2[:, 0])).clamp(max=1)
-            size = size.index_copy(0, rows, size[rows] * fit)
-            size2, h1, h2 = size2 * fit, half[rows] * fit[:, None], half2 * fit[:, None]
+            fit1, fit2 = snap(size[rows] * fit) / size[rows], snap(size2 * fit) / size2
+            size = size.index_copy(0, rows, size[rows] * fit1)
+            size2, h1, h2 = size2 * fit2, half[rows] * fit1[:, None], half2 * fit2[:, None]
             slack = SIZE - 3 - 2 * (h1 + h2)[:, 0]
             gap, left = 1 + .5 * slack * torch.rand(k, generator=g), torch.rand(k, generator=g)
             x1 = 1 + left * (slack + 1 - gap) + h1[:, 0] - SIZE / 2  # were it the left one
             x2 = x1 + h1[:, 0] + gap + h2[:, 0]
+            if self.cells:  # whole cells apart, as near as they can be
+                apart = ((h1 + h2)[:, 0] / GRID - .1).ceil() * GRID
+                x1 = snap(x1.clamp(h1[:, 0] - SIZE / 2).minimum(SIZE / 2 - apart - h2[:, 0]))
+                x2 = x1 + apart
             side = centre[rows, 0].sign()  # -1: the subject stands left
             floor = SIZE / 2 - 5 - 14 * torch.rand(k, generator=g)
             y1, y2 = (torch.maximum(floor + 3 * middle(k) - h[:, 1], h[:, 1] + 1 - SIZE / 2) for h in (h1, h2))
@@ -422,9 +438,10 @@ class World:
         canvas = self.cropped_canvas(place, g)
         shadow = f * torch.cat([middle(n, 1) * .12, .03 + .08 * torch.rand(n, 1, generator=g), .4 * torch.rand(n, 1, generator=g)], 1)
         u = f * middle(4, n)
-        canvas = paint(canvas, rgba, pixels.lerp(size, f), centre.lerp(spot * 2 / SIZE, f), angle.lerp(tilt, f), flip, shadow)
+        stand = lambda given, free: snap((given * SIZE / 2).lerp(free, f)) * 2 / SIZE
+        canvas = paint(canvas, rgba, snap(pixels.lerp(size, f)), stand(centre, spot), angle.lerp(tilt, f), flip, shadow)
         if k:
-            drawn = paint(canvas[rows], rgba2, pixels2.lerp(size2, f), centre2.lerp(spot2 * 2 / SIZE, f), angle2.lerp(tilt2, f), flip2, shadow[rows])
+            drawn = paint(canvas[rows], rgba2, snap(pixels2.lerp(size2, f)), stand(centre2, spot2), angle2.lerp(tilt2, f), flip2, shadow[rows])
             canvas = canvas.index_copy(0, rows, drawn)
         return light(canvas, .22 * u[0], .09 * u[1], .2 * u[2], .2 * u[3])
 
@@ -532,12 +549,12 @@ PORTRAIT_PLACES = ["on the grass", "on a wooden floor", "in the city", "on a gra
 
 
 VIEWS = [  # at freedom 1: pixels, centre in pixels, tilt; brightness, warmth, contrast, slope as in `light`; shadow's darkness
-    (50, (2, 3), .06, .05, .03, .05, .10, .35), (38, (-9, 9), -.20, -.10, .08, .0, -.12, .25),
+    (50, (2, 8), .06, .05, .03, .05, .10, .35), (38, (-9, 9), -.20, -.10, .08, .0, -.12, .25),
     (58, (1, -1), .12, -.03, -.03, .05, .05, .30), (44, (8, 4), -.10, -.16, -.02, .0, .15, .40),
-    (32, (-6, 6), .24, .02, .05, .05, -.10, .20)]
+    (32, (8, -8), .24, .02, .05, .05, -.10, .20)]
 
 
-def portraits(name, n=5, seed=0, freedom=0.0):
+def portraits(name, n=5, seed=0, freedom=FREEDOM):
     """n reference pictures (n, 3, SIZE, SIZE) in [-1, 1] of one held-out individual, each in another place.
 
     At freedom 0 they are one pose, at 1 they are what a person's photos are: sizes, places, tilts and lights of VIEWS.
@@ -553,12 +570,12 @@ def portraits(name, n=5, seed=0, freedom=0.0):
         return paint(world.canvas(place, g), rgba, pixels, centre, still, upright).clamp(0, 1) * 2 - 1
     size, spot, tilt, *lights, dark = (torch.tensor([VIEWS[i % len(VIEWS)][j] for i in range(n)], dtype=torch.float) for j in range(8))
     shadow = freedom * torch.stack([torch.full((n,), .05), torch.full((n,), .08), dark], 1)
-    pose = pixels.lerp(size, freedom), centre.lerp(spot * 2 / SIZE, freedom), freedom * tilt, upright
+    pose = whole_cells(pixels.lerp(size, freedom)), whole_cells(freedom * spot) * 2 / SIZE, freedom * tilt, upright
     picture = paint(world.cropped_canvas(place, g), rgba, *pose, shadow)
     return light(picture, *(freedom * v for v in lights)).clamp(0, 1) * 2 - 1
 
 
-def illustrate(name, templates, g, freedom=0.0):
+def illustrate(name, templates, g, freedom=FREEDOM):
     """What templates such as "a red {} next to a ball at night" ask of one held-out individual, drawn by the world itself.
 
     Returns (len(templates), 3, SIZE, SIZE) in [-1, 1]; where no place is named, any.
@@ -598,7 +615,7 @@ if __name__ == "__main__":
     from data.images import grid, save_png, to_pil
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--subject", help='write five reference pictures of a held-out individual, for example "dog face"')
-    p.add_argument("--freedom", type=float, default=0.0, help="0: upright on a grid, 1: free geometry and light")
+    p.add_argument("--freedom", type=float, default=FREEDOM, help="of geometry and light, from 0 to 1")
     p.add_argument("--output", default=str(HERE / "work" / "world"), help="folder to write to")
     args = p.parse_args()
     if args.subject:
