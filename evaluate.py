@@ -200,9 +200,10 @@ class Truths:
             if (wanted >= 0).any():
                 right[k] = (seen == wanted)[:, wanted >= 0].double().mean().item()
         wanted = torch.tensor(first(self.nouns, lambda t, noun: re.search(rf"next to an? {noun}\b", t)))
-        if (wanted >= 0).any():
-            seen = self.measure.name_neighbours(self.namer, images).cpu().view(2, -1, len(templates))
-            right["neighbour"] = (seen == wanted).any(0)[:, wanted >= 0].double().mean().item()
+        if (named := wanted >= 0).any():
+            pairs = images.view(-1, len(templates), *images.shape[1:])[:, named].flatten(0, 1)
+            seen = self.measure.name_neighbours(self.namer, pairs).cpu().view(2, -1, named.sum())
+            right["neighbour"] = (seen == wanted[named]).any(0).double().mean().item()
         return right
 
 

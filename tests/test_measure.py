@@ -125,7 +125,7 @@ def test_a_plain_diffusers_pipeline_draws_with_it_and_it_survives_a_file(vae, tm
 
 def test_pretraining_goes_on_from_the_shipped_pair_in_its_own_code(tmp_path, pair, pictures):
     import pretrain
-    args = SimpleNamespace(init=ROOT / "data/emoji/base", work=tmp_path, freedom=0., device="cpu")
+    args = SimpleNamespace(init=ROOT / "data/emoji/base", work=tmp_path, freedom=0., cells=True, device="cpu")
     linear, x = pretrain.code(args), pictures[0][:32]
     assert pretrain.channels(args) == len(linear["mean"]) == pair.latent_shape[0]
     with torch.no_grad():

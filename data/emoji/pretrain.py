@@ -148,6 +148,11 @@ def average_gradients(module):
             x.copy_(y.view_as(x))
 
 
+def make_world(args, splits="pretrain", p=P):
+    """The world as --freedom and --cells have it."""
+    return World(splits, p, args.freedom, args.cells)
+
+
 def opened(world, args, i):
     """The world at step i of a curriculum: freedom rises from 0 to --freedom over --open_steps steps."""
     world.freedom = args.freedom * min(1, (i + 1) / max(1, args.open_steps))
@@ -255,7 +260,7 @@ def train_encoder(args):
     judge, with_text = args.stage.startswith("judge"), not args.stage.endswith("identity")
     args.seed += {"clip": 10, "identity": 20, "judge_clip": 30, "judge_identity": 40, "judge_names": 50}[args.stage]
     torch.manual_seed(args.seed)
-    world = World("pretrain" if with_text else "pretrain+extra", P, args.freedom, args.cells)
+    world = make_world(args, "pretrain" if with_text else "pretrain+extra")
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     modules = {"vision": build_vision(args.stage), "image": nn.Linear(WIDTHS[args.stage], 128, bias=False)}
     if with_text:
@@ -331,7 +336,7 @@ def code(args):
     """
     path = Path(args.work) / "code.safetensors"
     if not path.exists():
-        x = World("pretrain+extra", freedom=args.freedom).sample(512 if args.init else 4096, torch.Generator().manual_seed(7)).images
+        x = make_world(args, "pretrain+extra", World.P).sample(512 if args.init else 4096, torch.Generator().manual_seed(7)).images
         patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
         if args.init:
             from data.base import load_pair
@@ -414,7 +419,7 @@ def train_vae(args):
     """
     torch.manual_seed(args.seed)
     vae, ema = build_vae().to(args.device), build_vae().to(args.device).requires_grad_(False)
-    world, linear = World("pretrain+extra", P, args.freedom, args.cells), code(args)
+    world, linear = make_world(args, "pretrain+extra"), code(args)
     vae.set_code(**linear)
     ema.load_state_dict(vae.state_dict())
     critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
@@ -494,7 +499,7 @@ def alphas_cumprod():
 
 def train_teacher(args):
     torch.manual_seed(args.seed)
-    world, linear = World("pretrain", P, args.freedom, args.cells), code(args)
+    world, linear = make_world(args), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, text = build_unet(), build_text(tokenizer)
     if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
@@ -590,7 +595,7 @@ def make_pairs(args):
     unet, text = load_teacher(args)
     if args.compile:
         unet.compile()
-    world, tokenizer = World("pretrain", P, args.freedom, args.cells), build_tokenizer(Path(args.work) / "tokenizer")
+    world, tokenizer = make_world(args), build_tokenizer(Path(args.work) / "tokenizer")
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -624,7 +629,7 @@ class LatentCritic(nn.Module):
 def train_student(args):
     torch.manual_seed(args.seed + 50)
     trunk, text = load_teacher(args)
-    world, linear = World("pretrain", P, args.freedom, args.cells), code(args)
+    world, linear = make_world(args), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
     unet, ema, critic = build_unet().to(args.device), build_unet().requires_grad_(False).to(args.device), LatentCritic().to(args.device)
     unet.load_state_dict(trunk.state_dict())
@@ -776,7 +781,7 @@ def measure(args):
     base = Path(args.base)
     pair, judge, eye, namer = load_pair(base, "<v>", "dog"), *(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names"))
     plain = dict.fromkeys(World.P, 0.0) | {"place": 1.0}
-    alone, paired = (World("pretrain", plain | {"beside": p}, args.freedom, args.cells) for p in (0.0, 1.0))
+    alone, paired = (make_world(args, p=plain | {"beside": p}) for p in (0.0, 1.0))
     nouns, g = [article(w) for w in alone.nouns], torch.Generator().manual_seed(args.seed + 12345)
     real = {"one": alone.sample(args.samples, g, flat_share=0), "two": paired.sample(args.samples // 2, g, flat_share=0)}
     noise = {k: torch.randn(len(v.captions), *pair.latent_shape, generator=g) for k, v in real.items()}

@@ -52,7 +52,7 @@ CLOSE_UP, FLAT = 3, 4
 SIZES = {"": 48, "small": 28, "big": 56, "close-up": 64, "beside": 30}  # drawn size in pixels
 RANGES = {"": (34, 52), "small": (20, 29), "big": (54, 62), "close-up": (68, 80), "beside": (31, 42)}  # the same at freedom 1
 GRID = 8  # px of a cell of the autoencoder: a latent network is blind to shifts by whole cells only
-FREEDOM = 0.0  # of the world that the shipped pair knows; .7 is as far as a free one should go for so small a network
+FREEDOM = 0.0  # of the world that the shipped pair knows
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -425,16 +425,15 @@ class World:
             slack = SIZE - 3 - 2 * (h1 + h2)[:, 0]
             gap, left = 1 + .5 * slack * torch.rand(k, generator=g), torch.rand(k, generator=g)
             x1 = 1 + left * (slack + 1 - gap) + h1[:, 0] - SIZE / 2  # were it the left one
-            x2 = x1 + h1[:, 0] + gap + h2[:, 0]
-            if self.cells:  # whole cells apart, as near as they can be
+            apart = h1[:, 0] + gap + h2[:, 0]
+            if self.cells:  # whole cells, as near as they can be
                 apart = ((h1 + h2)[:, 0] / GRID - .1).ceil() * GRID
                 x1 = snap(x1.clamp(h1[:, 0] - SIZE / 2).minimum(SIZE / 2 - apart - h2[:, 0]))
-                x2 = x1 + apart
             side = centre[rows, 0].sign()  # -1: the subject stands left
             floor = SIZE / 2 - 5 - 14 * torch.rand(k, generator=g)
             y1, y2 = (torch.maximum(floor + 3 * middle(k) - h[:, 1], h[:, 1] + 1 - SIZE / 2) for h in (h1, h2))
             spot = spot.index_copy(0, rows, torch.stack([-side * x1, y1], 1))
-            spot2 = torch.stack([-side * x2, y2], 1)
+            spot2 = torch.stack([-side * (x1 + apart), y2], 1)
         canvas = self.cropped_canvas(place, g)
         shadow = f * torch.cat([middle(n, 1) * .12, .03 + .08 * torch.rand(n, 1, generator=g), .4 * torch.rand(n, 1, generator=g)], 1)
         u = f * middle(4, n)
