@@ -3,7 +3,7 @@
     python evaluate.py                                    # the newest run under out/, or --run DIR
     python evaluate.py --benchmark emoji                  # 30 subjects x methods x seeds; resumable
     torchrun --nproc_per_node=2 evaluate.py --benchmark emoji
-    python evaluate.py --ab_sheet out/a out/b             # a blind A/B page; --tally votes.json counts it
+    python evaluate.py --ab_sheet out/a out/b             # a blind A/B page of students (out/a:teacher: its teacher); --tally votes.json counts it
 
 Scores, all means (paper, Sec. 4):
 CLIP-T     cosine of picture and prompt without the token
@@ -15,10 +15,15 @@ drift      1 - cosine of one-step pictures of unrelated prompts, before and afte
 diversity  1 - cosine between seeds of one prompt
 In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks; and
 neighbour  whether the naming judge finds the second object that a prompt asks for
-edges      edge energy in units of the world's own pictures: below 1 is soft, above it grainy
+edges      edge energy in units of the world's own pictures of the same: below 1 is soft, above it grainy
+KID        kernel inception distance of 8 x 8-pixel cells, in the naming judge, from the world's own pictures: high where a
+           picture is torn or a mosaic, whatever it shows
+obeyed     mean of place, count, neighbour and colour
+all three  geometric mean of identity, obeyed and min(edges, 1 / edges) / (1 + KID / 100): none makes up for another
 Untouched models read the prompt without the token. data/benchmark/README.md holds the benchmark's tables.
 """
 import argparse
+import functools
 import json
 import re
 import sys
@@ -37,6 +42,7 @@ from data.run import load_run, read_run
 # mean and deviation of what the encoders read
 CLIP = ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
 IMAGENET, HALF = ([.485, .456, .406], [.229, .224, .225]), ([.5, .5, .5], [.5, .5, .5])
+OBEYED = ("place", "count", "neighbour", "colour")
 JUDGES = {  # CLIP-T and CLIP-I by the first, "DINO" by the second: (hub id[@revision] or folder, input side, statistics)
     "paper": (("openai/clip-vit-large-patch14-336", 336, CLIP), ("facebook/dinov2-large", 224, IMAGENET)),
     "dreambooth": (("openai/clip-vit-base-patch32", 224, CLIP),
@@ -63,6 +69,12 @@ def diversity(embedded, num_seeds):
     e = embedded.view(num_seeds, -1, embedded.shape[1])
     cosines = torch.einsum("spd,tpd->pst", e, e)
     return 1 - cosines[:, ~torch.eye(num_seeds, dtype=torch.bool, device=e.device)].mean().item()
+
+
+def all_three(identity, obeyed, edges, kid):
+    """Geometric mean in [0, 1] of likeness, of the share of prompts obeyed, and of drawing: min(edges, 1 / edges) / (1 + KID / 100)."""
+    drawing = min(edges, 1 / max(edges, 1e-9)) / (1 + max(kid, 0) / 100)
+    return (max(identity, 0) * obeyed * drawing) ** (1 / 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,9 +162,9 @@ class Truths:
         sys.path.insert(0, str(Path(__file__).parent / "data" / "emoji"))
         import measure
         import world
-        self.measure, self.namer, drawn = measure, namer, world.World("pretrain")
-        self.sharpness = measure.edge_energy(drawn.sample(500, torch.Generator().manual_seed(3), flat_share=0).images)
-        self.encoder, self.places, self.colours, self.nouns = encoder, world.PLACES, list(world.COLOURS), drawn.nouns
+        self.measure, self.namer, self.world = measure, namer, world
+        self.encoder, self.places, self.colours, self.nouns = encoder, world.PLACES, list(world.COLOURS), world.World("pretrain").nouns
+        self.held_out = {e["name"] for e in world.World("held_out").entries}
         classes = {"place": len(self.places), "count": 3, "colour": len(self.colours)}
         features, labels = self.scenes(world, "pretrain+extra", samples, 1)
         self.probes = {k: self.fit(features, labels[k], n, penalty) for k, n in classes.items()}
@@ -186,11 +198,21 @@ class Truths:
                 for x in images.to(self.encoder.to_image.device).split(128)]
         return F.pad(torch.cat(maps), (0, 1), value=1)
 
-    def score(self, images, templates):
-        """Shares of pictures (S * P, 3, H, W) with the place, objects and colour that the P templates ask."""
+    @functools.cache
+    def drawn(self, subject, templates, num_seeds=4):
+        """(edge energy, cells) of what templates ask of a held-out subject, drawn by the world; of one that it does not know, of any scenes."""
+        g = [torch.Generator().manual_seed(100 + s) for s in range(num_seeds)]
+        images = (torch.cat([self.world.illustrate(subject, templates, k) for k in g]) if subject in self.held_out
+                  else self.world.World("pretrain").sample(100, g[0], flat_share=0).images)
+        return self.measure.edge_energy(images), self.measure.cells(self.namer, images.to(self.namer.to_image.device))
+
+    def score(self, images, templates, subject=None):
+        """Shares of pictures (S * P, 3, H, W) with the place, objects and colour that the P templates ask, their edges and cells."""
         def first(names, test):  # the number of the name that a template asks for, or -1
             return [next((i for i, name in enumerate(names) if test(t, name)), -1) for t in templates]
-        features, right = self.features(images), {"edges": self.measure.edge_energy(images) / self.sharpness}
+        sharpness, real = self.drawn(subject, tuple(templates))
+        features, right = self.features(images), {"edges": self.measure.edge_energy(images) / sharpness,
+                                                  "KID": self.measure.cell_kid(self.measure.cells(self.namer, images), real)}
         asked = {"place": first(self.places, str.endswith),
                  "count": [1 + (" next to " in t) for t in templates],
                  "colour": first(self.colours, lambda t, colour: f" {colour} {{}}" in t)}
@@ -255,8 +277,7 @@ class Scorer:
         """
         n = self.num_seeds
         if model[0] == "world":
-            from world import illustrate
-            images = [illustrate(subject, templates, torch.Generator().manual_seed(s)) for s in range(n)]
+            images = [self.truths.world.illustrate(subject, templates, torch.Generator().manual_seed(s)) for s in range(n)]
             images = torch.cat(images).to(photos.device)
         else:
             name = f"{token} {word}" if token else word
@@ -274,7 +295,10 @@ class Scorer:
             after = self.embed("clip", draw(pair, ("student", 1), self.unrelated, 1, 1.0))
             scores["drift"] = 1 - agreement(after, self.before)
         if self.truths:
-            scores |= self.truths.score(images, templates)
+            scores |= self.truths.score(images, templates, subject)
+            shares = [scores[k] for k in OBEYED if k in scores]
+            scores["obeyed"] = sum(shares) / len(shares)
+            scores["all three"] = all_three(*(scores[k] for k in ("identity", "obeyed", "edges", "KID")))
         return {k: round(v, 4) for k, v in scores.items()}, images[:len(templates)]
 
 
@@ -320,22 +344,23 @@ def evaluate_run(args):
 
 @torch.no_grad()
 def compare_blind(args):
-    """The A/B sheet of two runs of one subject: the benchmark's prompts x seeds, one step each."""
-    runs, pictures = [read_run(folder, base=args.base) for folder in args.ab_sheet], []
+    """The A/B sheet of two runs of one subject: the benchmark's prompts x seeds, by the student or, of RUN:teacher, its teacher."""
+    models = [("teacher", 16) if side.endswith(":teacher") else ("student", 1) for side in args.ab_sheet]
+    runs, pictures = [read_run(side.removesuffix(":teacher"), base=args.base) for side in args.ab_sheet], []
     concepts = [flags["concept"] for _, flags in runs]
     if concepts[0] != concepts[1]:
         fail(f"--ab_sheet compares two runs of one subject, not of {concepts[0]} and {concepts[1]}")
     device, _ = pick_device(args.device)
-    for folder, flags in runs:
+    for model, (folder, flags) in zip(models, runs):
         pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
         load_run(folder, pair)
         spec = read_spec("emoji" if own_judges(flags["base"]).is_dir() else "dreambench")
         templates = templates_for(spec, flags["class_word"])
         prompts = [t.replace("{}", f"{flags['token']} {flags['class_word']}") for t in templates]
-        pictures.append(to_pil(draw(pair, ("student", 1), prompts, args.num_seeds, 1.0)))
+        pictures.append(to_pil(draw(pair, model, prompts, args.num_seeds, flags["guidance_scale"])))
     plain = [t.replace("a {}", "this {}").replace("{}", flags["class_word"]) for t in templates]
     photos = to_pil(load_photos(flags["concept"], pair.resolution))
-    names = [str(folder) for folder, _ in runs]
+    names = [f"{folder}{':teacher' * (who == 'teacher')}" for (who, _), (folder, _) in zip(models, runs)]
     pictures = list(zip(plain * args.num_seeds, *pictures))
     blind.ab_sheet(pictures, photos, names, Path(args.output_dir), args.seed)
 
@@ -370,7 +395,7 @@ def parser():
     g.add_argument("--output_dir", help="default: out/BENCHMARK, out/BENCHMARK-tuning or out/ab; "
                                         "results of changed code need a new one")
     g = p.add_argument_group("blind comparison by eye")
-    g.add_argument("--ab_sheet", nargs=2, metavar=("A", "B"), help="two run folders to compare")
+    g.add_argument("--ab_sheet", nargs=2, metavar=("A", "B"), help="two run folders to compare; DIR:teacher takes its teacher")
     g.add_argument("--tally", metavar="VOTES", help="votes.json saved from a sheet; prints who won")
     g.add_argument("--seed", type=int, default=0, help="of the sheet's order")
     return p

@@ -100,10 +100,21 @@ def test_the_probes_find_in_the_worlds_own_drawings_what_the_prompts_ask():
         truths = evaluate.Truths(*judges, samples=1000)
         templates = evaluate.read_spec("emoji")["prompts"]["object"]
         images = __import__("world").illustrate("teapot", templates * 4, torch.Generator().manual_seed(0))
-        right, wrong = truths.score(images, templates), truths.score(images, templates[7:] + templates[:7])
+        right, wrong = truths.score(images, templates, "teapot"), truths.score(images, templates[7:] + templates[:7])
+        soft = truths.score(F.avg_pool2d(images, 3, 1, 1), templates, "teapot")
+        light = .2 * torch.randn(len(images), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        mosaic = truths.score(images + light.repeat_interleave(8, 2).repeat_interleave(8, 3), templates, "teapot")
     assert truths.ceiling["place"] > .95 and truths.ceiling["count"] > .85 and truths.ceiling["colour"] > .6
     assert right["place"] > .95 and right["count"] > .85 and right["colour"] > .6
     assert wrong["place"] < .5 and wrong["count"] < .8 and wrong["colour"] < .4
+    assert abs(right["edges"] - 1) < .1 and soft["edges"] < .8
+    assert abs(right["KID"]) < 10 and mosaic["KID"] > 30, mosaic
+
+
+def test_none_of_likeness_obedience_and_drawing_makes_up_for_another():
+    assert evaluate.all_three(1, 1, 1, -3) == 1 and evaluate.all_three(.5, .5, 1, 100) == pytest.approx(.5)
+    assert evaluate.all_three(1, 1, 2, 0) == evaluate.all_three(1, 1, .5, 0) < evaluate.all_three(.9, .9, .9, 0)
+    assert evaluate.all_three(-.1, 1, 1, 0) == evaluate.all_three(1, 0, 1, 0) == evaluate.all_three(1, 1, 0, 0) == 0
 
 
 # -- one run ----------------------------------------------------------------------------------------------------

@@ -70,11 +70,12 @@ def test_judges_move_when_pictures_are_spoiled():
 
     from data.base import load_encoder
     base = ROOT / "data" / "emoji" / "base"
-    judges = [load_encoder(base / "judges" / k) for k in ("clip", "identity")]
+    judges = [load_encoder(base / "judges" / k) for k in ("clip", "identity", "names")]
     table = sensitivities(*judges, CLIPTokenizer.from_pretrained(base / "teacher" / "tokenizer"), "held_out", n=24)
     assert table["blur"]["edges"] < -.1 < table["swapped colours"]["edges"]
     assert table["swapped colours"]["identity"] < table["blur"]["identity"] < 0
     assert table["two subjects"]["KID"] > table["blur"]["KID"] > 0
+    assert table["mosaic"]["cell KID"] > 50 > 20 > abs(table["pair, wrong neighbour"]["cell KID"]) and table["mosaic"]["identity"] > -.1
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from data.benchmark.blind import fill
 from data.disk import fail, fill_marks, save_text, write_atomically
 
 HERE = Path(__file__).parent
-SCORES = ["CLIP-T", "CLIP-I", "DINO", "identity", "place", "count", "neighbour", "colour", "edges", "diversity", "drift"]
+SCORES = ["all three", "identity", "obeyed", "KID", "edges", "DINO", "CLIP-I", "CLIP-T", "place", "count", "neighbour", "colour",
+          "diversity", "drift"]
 LONGEST = 150  # characters of a name, which becomes one of a file
 FEWEST = 6  # subjects below which no difference is marked: the bootstrap of two values is their range
-COMPARED = {"CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",
+COMPARED = {"all three": "this subject, as asked, and well drawn", "KID": "how far are its cells from real ones? (lower is better)", "obeyed": "place, number, neighbour and colour as the prompt asks",
+            "CLIP-T": "does the picture follow the prompt?", "CLIP-I": "does it look like the photos?",
             "DINO": "is it this very subject?",
             "identity": "the same, where the prompt leaves the subject as it is"}
 
@@ -414,7 +416,7 @@ def write(folder, reference, shown=6):
     save_text(folder / "table.md", text)
     seed = next(iter(results))[2]
     lines = [line for (method, _, s), line in results.items() if method == reference and s == seed]
-    contact(folder, lines[:2 * shown], folder / "pictures.webp")
+    contact(folder, lines, folder / "pictures.webp")
     whole = page(folder, results, reference, shown)
     save_text(folder / "report.html", whole)
     print(text)

@@ -1,6 +1,6 @@
 """What a judge that only names objects does not see, and whether a judge sees what it should.
 
-    kid(features, features of real pictures), edge_energy(images)     # pure functions
+    kid(features, features of real pictures), cell_kid(...), edge_energy(images)     # pure functions
     name_objects(judge, images), name_neighbours(judge, images)
     python data/emoji/measure.py                                      # real pictures spoiled on purpose, as the judges see them
 
@@ -34,6 +34,22 @@ def kid(a, b):
     return 1000 * (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 
+def cells(judge, images, stage=2):
+    """(N * cells, d) features of the cells of images (N, 3, H, W) in an inner stage of a judge: of 8 x 8 pixels, for the naming judge."""
+    maps = [judge.vision(x, output_hidden_states=True).hidden_states[stage] for x in images.clamp(-1, 1).split(64)]
+    return torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def cell_kid(found, real, most=2048):
+    """KID x 1000 of cells (n, d) against those of real pictures (m, d), each feature in units of the real ones' deviation.
+
+    A whole picture can be of the right subject and place and still be a mosaic: its cells are what no real picture has.
+    """
+    g = torch.Generator().manual_seed(0)
+    found, real = ((v.cpu() - real.cpu().mean(0)) / real.cpu().std(0) for v in (found, real))
+    return kid(*(v[torch.randperm(len(v), generator=g)[:most]] for v in (found, real)))
+
+
 def edge_energy(images):
     """Mean length of the colour gradient of images (B, 3, H, W) in [-1, 1], in units of [0, 1] a pixel."""
     x = (images.clamp(-1, 1) + 1) / 2
@@ -58,6 +74,12 @@ def name_neighbours(judge, images):
 def blur(images, size=3):
     """Box blur of images (B, 3, H, W)."""
     return F.avg_pool2d(F.pad(images, [size // 2] * 4, "replicate"), size, 1)
+
+
+def mosaic(images, amount=.2, side=8):
+    """Images (B, 3, H, W) whose patches of side x side pixels each have a little light and colour of their own."""
+    light = amount * torch.randn(*images.shape[:2], *(n // side for n in images.shape[2:]), generator=torch.Generator().manual_seed(0))
+    return (images + light.repeat_interleave(side, 2).repeat_interleave(side, 3)).clamp(-1, 1)
 
 
 def without_an_eye(tiles, radius=7):
@@ -87,14 +109,15 @@ def show(world, tiles, place, g):
 
 
 @torch.no_grad()
-def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
+def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, seed=0):
     """{row: {score: value}}: "real", then the change of each score under each corruption, on pictures that it touches.
 
     object, place   the clip judge's first choice of all nouns (all places), the other word given
     neighbour       its first choice for B in "an A next to a B PLACE"
     CLIP-T          cosine of picture and true caption; individual: the identity judge's first choice among all individuals,
     identity        mean cosine with two other pictures of the same individual
-    KID             of the identity judge's embeddings against fresh real pictures of that kind; edges: in units of those of real ones
+    KID             of the identity judge's embeddings against fresh real pictures of that kind; cell KID: `cell_kid` in the naming judge
+    edges           in units of those of real pictures
     """
     from world import PLACES, World, article
     world = World(splits)
@@ -126,7 +149,7 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     again = [tiles[solid[torch.randint(len(solid), (2 * n,), generator=g)]] for _ in range(2)]
     elsewhere = torch.randint(len(PLACES), (2 * n,), generator=g)
     fresh = {k: show(world, again[:k], elsewhere, g) for k in (1, 2)}
-    fresh = {k: (embed(identity, v), edge_energy(v)) for k, v in fresh.items()}
+    fresh = {k: (embed(identity, v), edge_energy(v), cells(namer, v)) for k, v in fresh.items()}
 
     def distance(embedded, k):
         return kid(embedded * embedded.shape[1] ** .5, fresh[k][0] * embedded.shape[1] ** .5)
@@ -150,7 +173,8 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     everyone = torch.ones(n, dtype=torch.bool)
     one, two = draw(tiles[sprite]), draw(tiles[sprite], tiles[other])
     swapped = torch.cat([tiles[:, [1, 2, 0]], tiles[:, 3:]], 1)
-    cases = [("blur", blur(one), single, 1, everyone), ("swapped colours", draw(swapped[sprite]), single, 1, everyone),
+    cases = [("blur", blur(one), single, 1, everyone), ("mosaic", mosaic(one), single, 1, everyone),
+             ("swapped colours", draw(swapped[sprite]), single, 1, everyone),
              ("missing eye or nose", draw(without_an_eye(tiles)[sprite]), single, 1, face[sprite]),
              ("two subjects", draw(tiles[sprite], tiles[sprite]), single, 1, everyone),
              ("another of its class", draw(tiles[sibling(world, sprite)]), single, 1, sibling(world, sprite) != sprite),
@@ -161,7 +185,7 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
     for name, k, x in (("real", 1, one), ("real pairs", 2, two)):
         rows = everyone if k == 1 else fine
         rows_of[name] = {s: v[rows].mean().item() for s, v in clean[k][0].items()} \
-            | {"KID": distance(clean[k][1][rows], k), "edges": edge_energy(x[rows]) / fresh[k][1]}
+            | {"KID": distance(clean[k][1][rows], k), "cell KID": cell_kid(cells(namer, x[rows]), fresh[k][2]), "edges": edge_energy(x[rows]) / fresh[k][1]}
     for name, x, captions, k, rows in cases:
         if not rows.any():
             continue
@@ -169,6 +193,7 @@ def sensitivities(clip, identity, tokenizer, splits="pretrain", n=300, seed=0):
         rows_of[name] = {s: (v - clean[k][0][s])[rows].mean().item() for s, v in new.items()}
         real = one if k == 1 else two
         rows_of[name] |= {"KID": distance(own[rows], k) - distance(clean[k][1][rows], k),
+                        "cell KID": cell_kid(cells(namer, x[rows]), fresh[k][2]) - cell_kid(cells(namer, real[rows]), fresh[k][2]),
                         "edges": (edge_energy(x[rows]) - edge_energy(real[rows])) / fresh[k][1], "pictures": int(rows.sum())}
     return rows_of
 
@@ -198,7 +223,7 @@ def main():
     args = p.parse_args()
     base = Path(args.base)
     tokenizer = CLIPTokenizer.from_pretrained(base / "teacher" / "tokenizer")
-    table = sensitivities(*(load_encoder(base / "judges" / k) for k in ("clip", "identity")), tokenizer, args.splits, args.samples)
+    table = sensitivities(*(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names")), tokenizer, args.splits, args.samples)
     columns = list(dict.fromkeys(c for row in table.values() for c in row))
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name, row in table.items():
