@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from zlib import crc32
 
 import torch
 
@@ -279,7 +280,8 @@ def run_benchmark(args, make_scorer):
     jobs = list(dict.fromkeys((m, s, 0 if methods[m]["flags"] is None else seed)  # untrained: no seed
                               for seed in args.seeds for i, s in enumerate(subjects) for m in methods
                               if i < methods[m]["subjects"]))
-    left = [j for j in jobs if j not in results]
+    left = [j for j in jobs if j not in results]  # seed by seed, subject by subject; methods mixed, so that each process gets long ones
+    left.sort(key=lambda j: (args.seeds.index(j[2]) if j[2] in args.seeds else 0, list(subjects).index(j[1]), crc32(repr(j).encode())))
     if rank == 0:
         size = f"{len(methods)} methods, {len(subjects)} subjects, {len(args.seeds)} seeds"
         print(f"{len(jobs)} jobs ({size}), {len(jobs) - len(left)} done; {world} process(es)")
