@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 import train as script
 from conftest import ROOT, exit_of, train
-from data.benchmark import blind, report, run
+from data.benchmark import blind, curve, report, run
 from data.disk import fail
 
 HERE, STUDENT = ROOT / "data" / "benchmark", "student, 1 step"
@@ -63,7 +63,7 @@ def test_the_committed_results_were_trained_with_the_recipes_that_are_listed(con
     results, damaged = report.read_results(HERE / "results")
     methods = run.load_methods("emoji")
     flags = {line["method"]: line["flags"] for line in results.values()}
-    assert len(flags) == 20 and not damaged
+    assert len(flags) >= 7 and not damaged
     for name, before in flags.items():
         now = methods[name]["flags"]
         assert (before is None) == (now is None)
@@ -261,6 +261,18 @@ def test_the_table_of_the_benchmarks_readme_is_what_the_results_say():
     assert report.short_table(results, "EchoDistill") in (HERE / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_curve_shows_each_value_of_each_line_and_falls_where_the_scores_fall():
+    scores = lambda v: {m: {"identity": .5 + .004 * v, "obeyed": .9 - .004 * v} for m in curve.MODELS}
+    rows = {(f"{line} {v}", s, 0): {"scores": scores(v)} for line in ("together", "teacher first") for v in (10, 20, 40, 70) for s in "ab"}
+    drawn = np.asarray(curve.figure(rows, "iterations")).astype(int)
+    red = (np.abs(drawn - curve.INKS[0]).sum(2) < 30)
+    left, right = (np.argwhere(half)[:, ::-1] for half in np.split(red[:240], 2, 1))  # (x, y); y grows downward
+    assert len(left) > 100 and np.corrcoef(left.T)[0, 1] < -.8 and np.corrcoef(right.T)[0, 1] > .8
+    assert [p[0] for p in curve.points(rows, "together", (10, 20, 40, 70, 100), curve.MODELS[0], "obeyed")] == [0, 1, 2, 3]
+    with pytest.raises(SystemExit, match="2"):
+        curve.figure({}, "noise")
+
+
 # -- the page ---------------------------------------------------------------------------------------------------
 
 def test_the_forest_plot_puts_dots_and_intervals_where_the_numbers_are():
@@ -305,7 +317,7 @@ def test_the_page_shows_plots_then_photos_beside_pictures_then_tables(tmp_path):
     evaluate.main(["--report", "--output_dir", str(tmp_path)])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("<svg") < page.index("alt=\"photo\"") < page.index("alt=\"EchoDistill\"") < page.index("<table")
-    assert page.count("<svg") == 4 and page.count('alt="photo"') == 5 and page.count('alt="other"') == 1  # the first seed
+    assert page.count("<svg") == len(report.COMPARED) and page.count('alt="photo"') == 5 and page.count('alt="other"') == 1  # the first seed
     assert "training seeds 1, 2" in page and "a … on the beach" in page and "http" not in page and "prefers-color-scheme" in page
 
 
@@ -397,6 +409,9 @@ def test_two_runs_of_one_subject_make_a_sheet(concept):
     evaluate.main(["--ab_sheet", "out/a", str(train(*short, "--seed", "1")), "--num_seeds", "1"])
     sheet = sheet_of(Path("out/ab/sheet.html").read_text())
     assert len(sheet["trials"]) == 25 and any("on the beach" in t["prompt"] for t in sheet["trials"]) and len(sheet["photos"]) == 5
+    evaluate.main(["--ab_sheet", "out/a", "out/a:teacher", "--num_seeds", "1"])
+    trials = sheet_of(Path("out/ab/sheet.html").read_text())["trials"]
+    assert all(t["left"] != t["right"] for t in trials) and "out/a:teacher" in Path("out/ab/key.json").read_text()
 
 
 def in_chromium(page, folder, script):
