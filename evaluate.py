@@ -151,6 +151,12 @@ def load_judges(name, base, tokenizer, device):
     return {"clip": first, "dino": first if dino == clip else HubJudge(*dino, device)}
 
 
+def world_pictures(subject, templates, seeds):
+    """(S * P, 3, H, W) in [-1, 1]: what P templates ask of a held-out emoji, drawn by the world itself, seed by seed."""
+    from world import illustrate  # load_subjects has put its folder on the path
+    return torch.cat([illustrate(subject, templates, torch.Generator().manual_seed(s)) for s in seeds])
+
+
 class Truths:
     """What the emoji world lets us check exactly: place of 25, number of objects 0 / 1 / 2, colour of 11.
 
@@ -201,9 +207,8 @@ class Truths:
     @functools.cache
     def drawn(self, subject, templates, num_seeds=4):
         """(edge energy, cells) of what templates ask of a held-out subject, drawn by the world; of one that it does not know, of any scenes."""
-        g = [torch.Generator().manual_seed(100 + s) for s in range(num_seeds)]
-        images = (torch.cat([self.world.illustrate(subject, templates, k) for k in g]) if subject in self.held_out
-                  else self.world.World("pretrain").sample(100, g[0], flat_share=0).images)
+        images = (world_pictures(subject, templates, range(100, 100 + num_seeds)) if subject in self.held_out
+                  else self.world.World("pretrain").sample(100, torch.Generator().manual_seed(100), flat_share=0).images)
         return self.measure.edge_energy(images), self.measure.cells(self.namer, images.to(self.namer.to_image.device))
 
     def score(self, images, templates, subject=None):
@@ -277,8 +282,7 @@ class Scorer:
         """
         n = self.num_seeds
         if model[0] == "world":
-            images = [self.truths.world.illustrate(subject, templates, torch.Generator().manual_seed(s)) for s in range(n)]
-            images = torch.cat(images).to(photos.device)
+            images = world_pictures(subject, templates, range(n)).to(photos.device)
         else:
             name = f"{token} {word}" if token else word
             images = draw(pair, model, [t.replace("{}", name) for t in templates], n, guidance)

@@ -62,8 +62,7 @@ def figure(results, name, size=(520, 300)):
         pen.text((left, bottom + 20), f"--{flag}", fill="gray")
         for n, ((line, model), row) in enumerate(rows.items()):
             ink, hollow, shift = INKS[list(lines).index(line)], model == MODELS[1], 3 * n
-            where = [place(i, mean) for i, mean, _, _ in row]
-            where = [(x + shift, y) for x, y in where]
+            where = [(x + shift, y) for x, y in (place(i, mean) for i, mean, _, _ in row)]
             if len(where) > 1:
                 pen.line(where, fill=ink, width=1 if hollow else 2)
             for (x, y), (i, _, a, b) in zip(where, row):

@@ -278,10 +278,10 @@ def run_benchmark(args, make_scorer):
     results, _ = report.read_results(args.output_dir)
     check_finished(args, results, methods, subjects)
     jobs = list(dict.fromkeys((m, s, 0 if methods[m]["flags"] is None else seed)  # untrained: no seed
-                              for seed in args.seeds for i, s in enumerate(subjects) for m in methods
+                              for seed in args.seeds for i, s in enumerate(subjects)
+                              for m in sorted(methods, key=lambda m: crc32(f"{m} {s} {seed}".encode()))  # so that each process gets long ones
                               if i < methods[m]["subjects"]))
-    left = [j for j in jobs if j not in results]  # seed by seed, subject by subject; methods mixed, so that each process gets long ones
-    left.sort(key=lambda j: (args.seeds.index(j[2]) if j[2] in args.seeds else 0, list(subjects).index(j[1]), crc32(repr(j).encode())))
+    left = [j for j in jobs if j not in results]
     if rank == 0:
         size = f"{len(methods)} methods, {len(subjects)} subjects, {len(args.seeds)} seeds"
         print(f"{len(jobs)} jobs ({size}), {len(jobs) - len(left)} done; {world} process(es)")

@@ -154,21 +154,24 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
     def distance(embedded, k):
         return kid(embedded * embedded.shape[1] ** .5, fresh[k][0] * embedded.shape[1] ** .5)
 
+    def cell_distance(parts, k):
+        return cell_kid(parts.flatten(0, 1), fresh[k][2])
+
     nouns = [article(w) for w in world.nouns]
     table = embed_text([f"{w} {p}" for w in nouns for p in PLACES]).view(len(nouns), len(PLACES), -1)
     beside = embed_text([f"{names[a]} next to {w} {PLACES[p]}" for a, p in zip(sprite.tolist(), place.tolist()) for w in nouns])
     beside = beside.view(n, len(nouns), -1)
 
     def scores(x, captions, kind):
-        """{score: (n,) per picture} and the identity judge's embeddings."""
-        e, own = embed(clip, x), embed(identity, x)
+        """{score: (n,) per picture}, the identity judge's embeddings and the naming judge's cells (n, cells, d)."""
+        e, own, parts = embed(clip, x), embed(identity, x), cells(namer, x).unflatten(0, (n, -1))
         near = torch.einsum("nd,vkd->nk", own, references) / 2
         out = {"CLIP-T": (e * embed_text(captions)).sum(1)}
         if kind == 2:
-            return out | {"neighbour": (torch.einsum("nd,nkd->nk", e, beside).argmax(1) == world.noun_of[other]).float()}, own
+            return out | {"neighbour": (torch.einsum("nd,nkd->nk", e, beside).argmax(1) == world.noun_of[other]).float()}, own, parts
         return out | {"object": (torch.einsum("nd,knd->nk", e, table[:, place]).argmax(1) == world.noun_of[sprite]).float(),
                       "place": (torch.einsum("nd,nkd->nk", e, table[world.noun_of[sprite]]).argmax(1) == place).float(),
-                      "individual": (near.argmax(1) == sprite).float(), "identity": near[torch.arange(n), sprite]}, own
+                      "individual": (near.argmax(1) == sprite).float(), "identity": near[torch.arange(n), sprite]}, own, parts
 
     everyone = torch.ones(n, dtype=torch.bool)
     one, two = draw(tiles[sprite]), draw(tiles[sprite], tiles[other])
@@ -185,15 +188,15 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
     for name, k, x in (("real", 1, one), ("real pairs", 2, two)):
         rows = everyone if k == 1 else fine
         rows_of[name] = {s: v[rows].mean().item() for s, v in clean[k][0].items()} \
-            | {"KID": distance(clean[k][1][rows], k), "cell KID": cell_kid(cells(namer, x[rows]), fresh[k][2]), "edges": edge_energy(x[rows]) / fresh[k][1]}
+            | {"KID": distance(clean[k][1][rows], k), "cell KID": cell_distance(clean[k][2][rows], k), "edges": edge_energy(x[rows]) / fresh[k][1]}
     for name, x, captions, k, rows in cases:
         if not rows.any():
             continue
-        new, own = scores(x, captions, k)
+        new, own, parts = scores(x, captions, k)
         rows_of[name] = {s: (v - clean[k][0][s])[rows].mean().item() for s, v in new.items()}
         real = one if k == 1 else two
         rows_of[name] |= {"KID": distance(own[rows], k) - distance(clean[k][1][rows], k),
-                        "cell KID": cell_kid(cells(namer, x[rows]), fresh[k][2]) - cell_kid(cells(namer, real[rows]), fresh[k][2]),
+                        "cell KID": cell_distance(parts[rows], k) - cell_distance(clean[k][2][rows], k),
                         "edges": (edge_energy(x[rows]) - edge_energy(real[rows])) / fresh[k][1], "pictures": int(rows.sum())}
     return rows_of
 
