@@ -107,7 +107,7 @@ KEYS = {
     "echo_keep": (float, SHARE, "share of them that is kept at most; at least one"),
     "echo_floor": (float, SHARE, "share refused for disagreeing with its prompt, before identity ranks"),
     "echo_share": (float, SHARE, "echoed images with each batch of photos, as a share of it; at least one"),
-    "echo_weight": (float, ANY, "of the teacher's loss on the kept samples"),
+    "echo_weight": (float, (-1, math.inf), "of the teacher's loss on the kept samples; below 0 it learns away from them"),
     "echo_noise": (float, SHARE, "teacher sees echoes at noise levels from this share of the schedule up"),
 }
 
