@@ -228,7 +228,7 @@ def with_echo(m, args, photos, step):
     """(photos' latents, noise, timesteps and prompts with echoes behind them or in place of the last of them, photos left)."""
     n, g = len(photos[0]), apart(args, step, 1)
     pick = torch.randint(len(m.echo.prompts), (max(1, round(args.echo_share * n)),), generator=g)
-    t = timesteps(m, len(pick), g, args.echo_noise)  # layout, not detail
+    t = timesteps(m, len(pick), g, args.echo_noise)
     eps = torch.randn(len(pick), *m.pair.latent_shape, generator=g).to(m.device)
     left = n - len(pick) if args.echo_replaces else n
     echoes = m.echo.z[pick], eps, t, [m.echo.prompts[i] for i in pick.tolist()]

@@ -3,6 +3,7 @@
     python data/benchmark/curve.py iterations     # updates of each network: both together against teacher first, then student
     python data/benchmark/curve.py noise          # the lowest noise level that alignment targets start from
     python data/benchmark/curve.py selection      # the share of samples that an echo keeps
+    python data/benchmark/curve.py weight         # of the echo: above 0 the teacher learns from it, below 0 away from it
 
 It is evaluate.py's benchmark with a method for each point, so it may be stopped and goes on. --output_dir (default: out/NAME) holds
 results.jsonl and NAME.png: two panels, the means over subjects with 95 % bootstrap intervals, student solid and teacher hollow.
@@ -25,6 +26,7 @@ CURVES = {  # name: (flag of train.py, its values, {line: further flags})
                    {"together": "--echo_steps 0", "teacher first": f"--recipe {ROOT / 'data/benchmark/emoji/sequential.toml'}"}),
     "noise": ("target_noise", (0, .15, .3, .45, .6, .75), {"together": "--echo_steps 0"}),
     "selection": ("echo_keep", (.05, .1, .25, .5, 1), {"echo": ""}),
+    "weight": ("echo_weight", (-.35, -.2, -.1, 0, .3, 1), {"echo": ""}),
 }
 SCORES = {"identity": "likeness to the photos (identity)", "obeyed": "prompts obeyed (place, number, neighbour, colour)"}
 MODELS = ["student, 1 step", "teacher, 16 steps"]
