@@ -42,6 +42,7 @@ def test_each_networks_share_is_what_it_costs_alone(bases, concept):  # noqa: F8
     assert 2 * forward["student UNet"] < found["student UNet"] < 3 * forward["student UNet"], "back to its keys and values alone"
 
 
+@pytest.mark.slow
 def test_the_published_recipe_counts_41_petaflop_and_ours_with_its_switches_at_most_12(capsys, monkeypatch):
     """At full size, on the meta device; the other figures are those of the README's table."""
     monkeypatch.setattr(cost, "print_memory", lambda sets, args: None)  # counted below, on small networks

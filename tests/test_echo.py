@@ -47,7 +47,7 @@ def test_in_a_shared_batch_each_picture_counts_once(concept, monkeypatch):
     sums, backward = [], torch.Tensor.backward
     monkeypatch.setattr(script.losses, "reconstruction", lambda prediction, *rest: prediction.sum() * 0 + len(prediction))
     monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a, **k: (sums.append(self.item()), backward(self, *a, **k))[1])
-    train(*SHORT, "--echo_replaces", "--echo_share", .25, "--student_lr", 0)
+    train(*SHORT, "--echo_replaces", "--echo_share", .25, "--echo_weight", 1, "--student_lr", 0)
     assert sums == [4, 3 * 3 / 4 + 1 / 4, 3 * 3 / 4 + 1 / 4]
 
 def test_echoes_stand_as_real_before_the_critics_while_the_student_follows(concept, monkeypatch):

@@ -98,7 +98,7 @@ def test_compare_shows_photos_untouched_student_and_teacher_in_one_grid(run, cap
     pair = load_pair("emoji", "<v>", "dog")
     untouched = draw(pair, "a dog on the beach", [1])
     load_run(run, pair)
-    rows = [untouched, draw(pair, "a <v> dog on the beach", [1]), draw(pair, "a <v> dog on the beach", [1], True, 16, 2.0)]
+    rows = [untouched, draw(pair, "a <v> dog on the beach", [1]), draw(pair, "a <v> dog on the beach", [1], True, 16, 2.5)]
     for y, image in enumerate(rows, 1):
         shown = sheet.crop((left + 128, 128 * y, left + 256, 128 * (y + 1))).resize((64, 64), Image.NEAREST)
         assert np.array_equal(np.asarray(shown), ((image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy())

@@ -92,7 +92,7 @@ def reference(tmp_path_factory):
         os.chdir(here)
 
 
-@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_keep", 0), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", 0), ("--echo_weight", 3)], ids=str)
+@pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_keep", 0), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", .9), ("--echo_weight", 3)], ids=str)
 def test_every_echo_flag_is_read(concept, flags):
     short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48)
     assert not same(tensors(train(*short)), tensors(train(*short, *flags)))
