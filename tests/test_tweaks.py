@@ -78,7 +78,7 @@ def student_moved(files, tmp_path):
 
 
 IN_EFFECT = {  # of the first log row with the tweak, of that without
-    "perceptual_distance": lambda row, before: row["alignment"] < before["alignment"],  # a cosine is smaller than LPIPS
+    "perceptual_distance": lambda row, before: row["alignment"] > before["alignment"],
     "c_of_t": lambda row, before: row["alignment"] < before["alignment"],
     "two_targets": lambda row, before: row["alignment"] != before["alignment"] and row["reconstruction"] == before["reconstruction"],
     "hinge": lambda row, before: abs(before["critic"] - .69) < .1 and abs(row["critic"] - 1) < .2,
