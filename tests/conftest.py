@@ -47,6 +47,14 @@ def inside_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """Whatever draws takes one step. For tests of weights: in sixteen, a short run's pictures take most of its time."""
+    from model import Denoiser
+    sample = Denoiser.sample
+    monkeypatch.setattr(Denoiser, "sample", lambda self, noise, context, steps, *rest: sample(self, noise, context, 1, *rest))
+
+
 @pytest.fixture(autouse=True)
 def own_signals():
     """A run that stops early leaves its handlers behind; the next test must not inherit them."""

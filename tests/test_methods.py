@@ -16,6 +16,9 @@ from model import trainable_parameters
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 2, "--lr_decay", 0)
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
+
 def recipe(name):
     """The flags of a recipe of the benchmark, cut short."""
     return (*recipe_flags(HERE / "emoji" / f"{name}.toml"), *SHORT)

@@ -10,6 +10,7 @@ import train as train_script
 from conftest import ROOT, exit_of, train
 from data.run import checkpoints, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 SHORT = ("--max_train_steps", 6, "--echo_steps", 0, "--checkpointing_steps", 2, "--mixed_precision", "no")
 
 

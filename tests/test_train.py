@@ -1,8 +1,11 @@
 """train.py and sample.py as a user calls them, on the embedded pair. python -m pytest tests/test_train.py"""
 import json
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import chdir
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from data.base import load_encoders, load_pair
 from data.run import load_run
 
 SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 3, "--log_steps", 3)
+JOINT = ("--max_train_steps", 2, "--echo_steps", 0)
+ECHO = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48)
 
 
 def tensors(run):
@@ -62,7 +67,7 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(concept):
     assert not same(a, tensors(train(*SHORT, "--seed", 1)))
 
 
-def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):
+def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept, quick_pictures):
     echo, control = tensors(train(*SHORT)), tensors(train(*SHORT, "--echo_real_only"))
     off = tensors(train("--max_train_steps", 4, "--echo_steps", 0))
     assert not same(echo, control) and not same(control, off) and not same(echo, off)
@@ -74,31 +79,30 @@ def test_the_echo_its_absence_and_its_control_are_three_different_runs(concept):
     ("--guidance_scale", 1), ("--train_unet", "kv"), ("--train_unet", "attention"), ("--teacher_lr", 0), ("--student_lr", 0),
     ("--token_lr", 0), ("--critic_lr", .01), ("--weight_decay", .5), ("--max_grad_norm", .01), ("--swd_projections", 3), ("--swd_positions", 100), ("--lpips_weight", 1),
     ("--train_batch_size", 2), ("--mixed_precision", other_precision()), ("--class_word", "cat")], ids=str)
-def test_every_flag_is_read(concept, flags, reference):
-    run = train("--max_train_steps", 2, "--echo_steps", 0, *flags)
-    assert not same(reference, tensors(run)), f"{flags} changed nothing"
+def test_every_flag_is_read(concept, flags, reference, quick_pictures):
+    run = train(*JOINT, *flags)
+    assert not same(reference(*JOINT), tensors(run)), f"{flags} changed nothing"
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    import os
-    import shutil
-    here, folder = os.getcwd(), tmp_path_factory.mktemp("reference")
+    """What runs with no more flags than these learn; each is run once."""
+    folder = tmp_path_factory.mktemp("reference")
     shutil.copytree(ROOT / "data" / "dog", folder / "dog")
-    os.chdir(folder)
-    try:
-        return tensors(train("--max_train_steps", 2, "--echo_steps", 0))
-    finally:
-        os.chdir(here)
+
+    @cache
+    def learned(*flags):
+        with chdir(folder):
+            return tensors(train(*flags))
+    return learned
 
 
 @pytest.mark.parametrize("flags", [("--echo_keep", .1), ("--echo_keep", 0), ("--echo_floor", .9), ("--echo_share", .25), ("--echo_noise", .9), ("--echo_weight", 3)], ids=str)
-def test_every_echo_flag_is_read(concept, flags):
-    short = ("--max_train_steps", 1, "--echo_steps", 3, "--echo_samples", 48)
-    assert not same(tensors(train(*short)), tensors(train(*short, *flags)))
+def test_every_echo_flag_is_read(concept, flags, reference, quick_pictures):
+    assert not same(reference(*ECHO), tensors(train(*ECHO, *flags)))
 
 
-def test_a_frozen_part_does_not_move(concept):
+def test_a_frozen_part_does_not_move(concept, quick_pictures):
     run = train("--max_train_steps", 2, "--echo_steps", 0, "--token_lr", 0, "--weight_decay", 0, "--student_lr", 0, "--no-carry")
     pair = load_pair("emoji", "<v>", "dog")
     unet = pair.student.unet.state_dict()
