@@ -63,7 +63,7 @@ def test_the_committed_results_were_trained_with_the_recipes_that_are_listed(con
     results, damaged = report.read_results(HERE / "results")
     methods = run.load_methods("emoji")
     flags = {line["method"]: line["flags"] for line in results.values()}
-    assert len(flags) == 18 and not damaged
+    assert {"EchoDistill", "no echo (real only)", "teacher first then distil"} < flags.keys() and not damaged
     for name, before in flags.items():
         now = methods[name]["flags"]
         assert (before is None) == (now is None)
