@@ -262,15 +262,22 @@ def test_the_table_of_the_benchmarks_readme_is_what_the_results_say():
 
 
 def test_a_curve_shows_each_value_of_each_line_and_falls_where_the_scores_fall():
-    scores = lambda v: {m: {"identity": .5 + .004 * v, "obeyed": .9 - .004 * v} for m in curve.MODELS}
+    scores = lambda v: {m: {"identity": .5 + .004 * v, "obeyed": .9 - .004 * v, "all three": .5} for m in curve.MODELS}
     rows = {(f"{line} {v}", s, 0): {"scores": scores(v)} for line in ("together", "teacher first") for v in (10, 20, 40, 70) for s in "ab"}
     drawn = np.asarray(curve.figure(rows, "iterations")).astype(int)
     red = (np.abs(drawn - curve.INKS[0]).sum(2) < 30)
-    left, right = (np.argwhere(half)[:, ::-1] for half in np.split(red[:240], 2, 1))  # (x, y); y grows downward
+    left, right = (np.argwhere(half)[:, ::-1] for half in np.split(red[:240], 3, 1)[:2])  # (x, y); y grows downward
     assert len(left) > 100 and np.corrcoef(left.T)[0, 1] < -.8 and np.corrcoef(right.T)[0, 1] > .8
-    assert [p[0] for p in curve.points(rows, "together", (10, 20, 40, 70, 100), curve.MODELS[0], "obeyed")] == [0, 1, 2, 3]
+    assert [p[0] for p in curve.points(rows, ["together"], (10, 20, 40, 70, 100), curve.MODELS[0], "obeyed")["together"]] == [0, 1, 2, 3]
     with pytest.raises(SystemExit, match="2"):
         curve.figure({}, "noise")
+
+
+def test_a_curves_intervals_leave_out_what_sets_subjects_apart_and_subjects_that_a_point_lacks():
+    score = {"a": .1, "b": .5, "c": .9}
+    rows = {(f"echo {v}", s, 0): {"scores": {curve.MODELS[0]: {"identity": score[s] + v}}} for v in (0, .1) for s in "abc" if (v, s) != (0, "c")}
+    (_, mean, low, high), (_, after, *_) = curve.points(rows, ["echo"], (0, .1, .2), curve.MODELS[0], "identity")["echo"]
+    assert (mean, low, high, after) == pytest.approx((.3, .3, .3, .4))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------

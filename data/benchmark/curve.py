@@ -6,7 +6,8 @@
     python data/benchmark/curve.py weight         # of the echo: above 0 the teacher learns from it, below 0 away from it
 
 It is evaluate.py's benchmark with a method for each point, so it may be stopped and goes on. --output_dir (default: out/NAME) holds
-results.jsonl and NAME.png: two panels, the means over subjects with 95 % bootstrap intervals, student solid and teacher hollow.
+results.jsonl and NAME.png: student solid and teacher hollow, the means over subjects with 95 % bootstrap intervals of what the
+setting changes: each subject's own mean over the figure's points is taken out first (Cousineau 2005), for subjects differ more than settings do.
 """
 import argparse
 import sys
@@ -28,15 +29,25 @@ CURVES = {  # name: (flag of train.py, its values, {line: further flags})
     "selection": ("echo_keep", (.05, .1, .25, .5, 1), {"echo": ""}),
     "weight": ("echo_weight", (-.35, -.2, -.1, 0, .3, 1), {"echo": ""}),
 }
-SCORES = {"identity": "likeness to the photos (identity)", "obeyed": "prompts obeyed (place, number, neighbour, colour)"}
+SCORES = {"identity": "likeness to the photos (identity)", "obeyed": "prompts obeyed (place, number, neighbour, colour)",
+          "all three": "identity, obeyed and drawing: all three"}
 MODELS = ["student, 1 step", "teacher, 16 steps"]
 INKS = [(200, 60, 40), (40, 90, 200)]
 
 
-def points(results, line, values, model, score):
-    """[(place of the value, mean, low, high)] of the methods "LINE VALUE" that have results."""
-    found = [(i, list(by_subject(results, f"{line} {value}", model, score).values())) for i, value in enumerate(values)]
-    return [(i, float(np.mean(v)), *interval(v)) for i, v in found if v]
+def points(results, lines, values, model, score):
+    """{line: [(place of the value, mean, low, high)]} of the methods "LINE VALUE", over the subjects that all with results have."""
+    found = {(line, i): by_subject(results, f"{line} {value}", model, score) for line in lines for i, value in enumerate(values)}
+    found = {k: v for k, v in found.items() if v}
+    subjects = sorted(set.intersection(*map(set, found.values()))) if found else []
+    if not subjects:
+        return {line: [] for line in lines}
+    table = np.array([[v[s] for s in subjects] for v in found.values()])  # (points, subjects)
+    table = table - table.mean(0) + table.mean()
+    rows = {line: [] for line in lines}
+    for (line, i), row in zip(found, table):
+        rows[line].append((i, float(row.mean()), *interval(row)))
+    return rows
 
 
 def figure(results, name, size=(520, 300)):
@@ -46,7 +57,8 @@ def figure(results, name, size=(520, 300)):
     sheet = Image.new("RGB", (w * len(SCORES), h), "white")
     pen = ImageDraw.Draw(sheet)
     for panel, (score, title) in enumerate(SCORES.items()):
-        rows = {(line, model): points(results, line, values, model, score) for line in lines for model in MODELS}
+        drawn = {model: points(results, lines, values, model, score) for model in MODELS}
+        rows = {(line, model): drawn[model][line] for line in lines for model in MODELS}
         every = [v for row in rows.values() for p in row for v in p[2:]]
         if not every:
             fail(f"no result has {score}; run the curve {name!r} without --report first")
