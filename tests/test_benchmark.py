@@ -1,4 +1,5 @@
 """Recipes, results, tables, the page and the blind sheet; no model is loaded. python -m pytest tests/test_benchmark.py"""
+import functools
 import html
 import json
 import re
@@ -62,11 +63,11 @@ def test_every_recipe_file_is_listed_and_says_in_a_comment_what_it_is():
 def test_the_committed_results_were_trained_with_the_recipes_that_are_listed(concept):
     results, damaged = report.read_results(HERE / "results")
     methods = run.load_methods("emoji")
-    recipes = {line["method"]: line.get("recipe") for line in results.values() if line["flags"] is not None}
-    assert {"EchoDistill", "no echo (real only)", "teacher first then distil"} < recipes.keys() and not damaged
-    for name, before in recipes.items():
-        now = settings(methods[name]["flags"].split())
-        assert before == {k: now[k] for k in before}, name
+    now = functools.cache(lambda name: settings(methods[name]["flags"].split()))
+    assert {"EchoDistill", "no echo (real only)", "teacher first then distil"} < {name for name, *_ in results} and not damaged
+    for (name, *_), line in results.items():
+        assert (line["flags"] is None) == (methods[name]["flags"] is None)
+        assert line["flags"] is None or line["recipe"] == {k: now(name)[k] for k in line["recipe"]}, name
 
 
 # -- what stands for what ---------------------------------------------------------------------------------------

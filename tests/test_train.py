@@ -103,7 +103,7 @@ def test_every_echo_flag_is_read(concept, flags, reference, quick_pictures):
 
 
 def test_a_frozen_part_does_not_move(concept, quick_pictures):
-    run = train("--max_train_steps", 2, "--echo_steps", 0, "--token_lr", 0, "--weight_decay", 0, "--student_lr", 0, "--no-carry")
+    run = train(*JOINT, "--token_lr", 0, "--weight_decay", 0, "--student_lr", 0, "--no-carry")
     pair = load_pair("emoji", "<v>", "dog")
     unet = pair.student.unet.state_dict()
     assert all(torch.equal(v, unet[k]) for k, v in load_file(run / "unet_delta.safetensors").items())
@@ -185,7 +185,7 @@ def test_a_plain_diffusers_script_draws_what_sample_draws(concept, pair):
     from diffusers import StableDiffusionPipeline
 
     import data.emoji.autoencoder  # noqa: F401  from_pretrained looks it up among the imported modules
-    run = train("--max_train_steps", 2, "--echo_steps", 0)
+    run = train(*JOINT)
     sample_script.main(["--prompt", "a <v> dog on the beach", "--num_images", "1"])
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "data/emoji/base/student")
     noise = torch.randn(1, *pair.latent_shape, generator=torch.Generator().manual_seed(0))

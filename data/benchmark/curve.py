@@ -40,13 +40,11 @@ def points(results, lines, values, model, score):
     found = {(line, i): by_subject(results, f"{line} {value}", model, score) for line in lines for i, value in enumerate(values)}
     found = {k: v for k, v in found.items() if v}
     subjects = sorted(set.intersection(*map(set, found.values()))) if found else []
-    if not subjects:
-        return {line: [] for line in lines}
-    table = np.array([[v[s] for s in subjects] for v in found.values()])  # (points, subjects)
-    table = table - table.mean(0) + table.mean()
     rows = {line: [] for line in lines}
-    for (line, i), row in zip(found, table):
-        rows[line].append((i, float(row.mean()), *interval(row)))
+    if subjects:
+        table = np.array([[v[s] for s in subjects] for v in found.values()])  # (points, subjects)
+        for (line, i), row in zip(found, table - table.mean(0) + table.mean()):
+            rows[line].append((i, float(row.mean()), *interval(row)))
     return rows
 
 
