@@ -125,24 +125,24 @@ def test_a_plain_diffusers_pipeline_draws_with_it_and_it_survives_a_file(vae, tm
 # Pretraining that goes on from a shipped pair
 
 def test_pretraining_goes_on_from_the_shipped_pair_in_its_own_code(tmp_path, pair, pictures):
-    import pretrain
-    args = SimpleNamespace(init=ROOT / "data/emoji/base", work=tmp_path, freedom=0., cells=True, device="cpu")
-    linear, x = pretrain.code(args), pictures[0][:32]
-    assert pretrain.channels(args) == len(linear["mean"]) == pair.latent_shape[0]
+    from stages import encoders, latents, teacher
+    args = SimpleNamespace(channels=24, init=ROOT / "data/emoji/base", work=tmp_path, freedom=0., cells=True, device="cpu")
+    linear, x = latents.code(args), pictures[0][:32]
+    assert latents.channels(args) == len(linear["mean"]) == pair.latent_shape[0]
     with torch.no_grad():
-        assert (pretrain.to_latents(linear, x) - pair.encode(x)).abs().max() < .01
-    unet, text = pretrain.build_unet(), pretrain.build_text(pretrain.build_tokenizer(ROOT / "data/emoji/base/teacher/tokenizer"))
-    for network, state, own in zip((unet, text), pretrain.shipped_teacher(args), (pair.teacher.unet, pair.text.encoder)):
+        assert (latents.to_latents(linear, x) - pair.encode(x)).abs().max() < .01
+    unet, text = teacher.build_unet(args), encoders.build_text(encoders.build_tokenizer(ROOT / "data/emoji/base/teacher/tokenizer"))
+    for network, state, own in zip((unet, text), teacher.shipped_teacher(args), (pair.teacher.unet, pair.text.encoder)):
         network.load_state_dict(state)
         assert all(torch.equal(v, own.state_dict()[k][:len(v)]) for k, v in network.state_dict().items() if v.ndim)
 
 
 def test_an_encoder_goes_on_from_the_shipped_one():
-    import pretrain
+    from stages import encoders
     args = SimpleNamespace(init=ROOT / "data/emoji/base", stage="judge_clip")
-    shipped = pretrain.shipped_encoder(args)
+    shipped = encoders.shipped_encoder(args)
     assert set(shipped) == {"vision", "image", "text", "caption"}
-    pretrain.build_vision("judge_clip").load_state_dict(shipped["vision"])
-    names = pretrain.shipped_encoder(SimpleNamespace(init=args.init, stage="judge_names"))
+    encoders.build_vision("judge_clip").load_state_dict(shipped["vision"])
+    names = encoders.shipped_encoder(SimpleNamespace(init=args.init, stage="judge_names"))
     assert {k: v.shape for k, v in names["nouns"].items()} == {"weight": (54, 192), "bias": (54,)}
-    assert set(pretrain.shipped_encoder(SimpleNamespace(init=args.init, stage="identity"))) == {"vision", "image"}
+    assert set(encoders.shipped_encoder(SimpleNamespace(init=args.init, stage="identity"))) == {"vision", "image"}

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from world import World
+from stages import encoders, loop
+from world import World, words
 
 BASE = str(ROOT / "data/emoji/base")
 
 
 @pytest.fixture(autouse=True)
-def own_threads_and_code(monkeypatch):
-    monkeypatch.setattr(pretrain, "CHANNELS", pretrain.CHANNELS)
+def own_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -38,8 +38,8 @@ def same(a, b):
 def test_a_killed_stage_goes_on_as_if_nothing_had_happened(monkeypatch):
     whole = weights(stage("identity", "--steps", 4))
     with monkeypatch.context() as m:
-        kept = pretrain.Batches.__getitem__
-        m.setattr(pretrain.Batches, "__getitem__", lambda self, i: (os.kill(os.getpid(), signal.SIGTERM) if i == 1 else None, kept(self, i))[1])
+        kept = loop.Batches.__getitem__
+        m.setattr(loop.Batches, "__getitem__", lambda self, i: (os.kill(os.getpid(), signal.SIGTERM) if i == 1 else None, kept(self, i))[1])
         with pytest.raises(SystemExit) as stop:
             stage("identity", "--steps", 4, work="killed")
     assert stop.value.code == 130 and not same(weights(Path("killed/identity")), whole)
@@ -47,24 +47,30 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(monkeypatch):
     assert [line.split()[1] for line in open("killed/identity/log.txt")] == ["1", "2", "3", "4"]
 
 
+def test_the_tokenizer_comes_out_the_same_every_time_with_a_token_for_each_word():
+    first, second = (encoders.build_tokenizer(name) for name in ("first", "second"))
+    assert first.get_vocab() == second.get_vocab()
+    assert [w for w in words() if len(first.tokenize(w)) > 1] == ["close-up"]
+
+
 def test_workers_draw_the_same_batches():
     assert same(weights(stage("identity", "--steps", 2)), weights(stage("identity", "--steps", 2, "--workers", 1, work="ahead")))
 
 
 def test_a_stage_ends_when_its_minutes_are_over_and_at_rest(monkeypatch):
-    factors, kept = [], pretrain.trapezoid
-    monkeypatch.setattr(pretrain, "trapezoid", lambda *a: factors.append(kept(*a)) or factors[-1])
+    factors, kept = [], loop.trapezoid
+    monkeypatch.setattr(loop, "trapezoid", lambda *a: factors.append(kept(*a)) or factors[-1])
     folder = stage("identity", "--steps", 1000, "--minutes", 1e-9)
     assert factors == [0] and len(open(folder / "log.txt").readlines()) == 1
 
 
 def test_the_rate_rises_holds_and_falls():
-    assert pretrain.trapezoid(0, 0, .3) == 1 / 200 and pretrain.trapezoid(500, .5, .3) == 1 and pretrain.trapezoid(900, .85, .3) == pytest.approx(.5) and pretrain.trapezoid(9, 1, .3) == 0
+    assert loop.trapezoid(0, 0, .3) == 1 / 200 and loop.trapezoid(500, .5, .3) == 1 and loop.trapezoid(900, .85, .3) == pytest.approx(.5) and loop.trapezoid(9, 1, .3) == 0
 
 
 def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
     for name in ("clip", "identity", "judge_clip", "judge_identity", "judge_names"):
-        before = pretrain.shipped_encoder(type("", (), {"init": BASE, "stage": name}))["image"]["weight"]
+        before = encoders.shipped_encoder(type("", (), {"init": BASE, "stage": name}))["image"]["weight"]
         after = weights(stage(name, "--steps", 1, "--init", BASE))["image/weight"]
         assert 0 < (after - before).abs().max() < 1e-4, name  # one step at a two hundredth of the rate
     stage("vae", "--steps", 2, "--sharpen", 0, "--init", BASE)
@@ -74,8 +80,8 @@ def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
     assert not torch.equal(moved["ema/conv_in.weight"], weights(Path("work/teacher"))["ema/0.conv_in.weight"])
     stage("export", "--base", "base")
     from data.base import load_encoders, load_pair
-    pair, encoders = load_pair("base", "<v>", "dog"), load_encoders("base")
-    assert set(encoders) == {"identity", "clip"} and pair.latent_shape == (pretrain.CHANNELS, 8, 8)
+    pair, training_family = load_pair("base", "<v>", "dog"), load_encoders("base")
+    assert set(training_family) == {"identity", "clip"} and pair.latent_shape == (24, 8, 8)
     with torch.no_grad():
         x = pair.decode(pair.student.sample(torch.randn(2, *pair.latent_shape), pair.text(["a dog", "a cat"]), 1))
     assert x.shape == (2, 3, 64, 64) and x.isfinite().all()
@@ -98,5 +104,5 @@ def test_export_writes_what_has_a_checkpoint_and_leaves_the_rest(tmp_path):
 
 def test_one_module_may_learn_alone():
     folder = stage("judge_names", "--steps", 2, "--only", "nouns", "--lr", .1, "--init", BASE)
-    shipped, moved = pretrain.shipped_encoder(type("", (), {"init": BASE, "stage": "judge_names"})), weights(folder)
+    shipped, moved = encoders.shipped_encoder(type("", (), {"init": BASE, "stage": "judge_names"})), weights(folder)
     assert torch.equal(moved["image/weight"], shipped["image"]["weight"]) and not torch.equal(moved["nouns/weight"], shipped["nouns"]["weight"])

@@ -1,0 +1,111 @@
+"""Stage teacher: v-prediction on Stable Diffusion's schedule."""
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.base import load_pair
+from stages.encoders import build_text, build_tokenizer, tokenize
+from stages.latents import code, to_latents
+from stages.loop import average_gradients, follow, make_world, opened, run, saved
+from stages.vae import show
+
+
+def build_unet(args):
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=args.channels, out_channels=args.channels, block_out_channels=(96, 144), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+    unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
+    return unet
+
+
+def alphas_cumprod():
+    """(1000,) of Stable Diffusion's scaled-linear schedule."""
+    return torch.cumprod(1 - torch.linspace(.00085 ** .5, .012 ** .5, 1000) ** 2, 0)
+
+
+def ddim(unet, noise, text, empty, steps, guidance):
+    """Deterministic DDIM from pure noise with classifier-free guidance; returns z (B, C, 8, 8)."""
+    bar, z = alphas_cumprod().to(noise), noise
+    times = torch.linspace(999, 0, steps + 1).round().long()
+    for now, then in zip(times[:-1], times[1:]):
+        v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample.float()
+        v, v0 = v.chunk(2)
+        v = v0 + guidance * (v - v0)
+        a, s = bar[now].sqrt(), (1 - bar[now]).sqrt()
+        x0, eps = a * z - s * v, s * z + a * v
+        b = bar[then] if then > 0 else torch.ones_like(bar[0])
+        z = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    return z
+
+
+def shipped_teacher(args):
+    """State of the teacher's UNet and text encoder as --init holds them."""
+    pair = load_pair(args.init, "<v>", "dog", flags={"mixed_precision": "no"})
+    return pair.teacher.unet.state_dict(), {k: v[:pair.text.token_id] if v.ndim == 2 and len(v) == pair.text.token_id + 1 else v
+                                            for k, v in pair.text.encoder.state_dict().items()}
+
+
+def load_teacher(args):
+    """The teacher's averaged UNet and text encoder."""
+    ema = nn.ModuleList([build_unet(args), build_text(build_tokenizer(Path(args.work) / "tokenizer"))])
+    ema.load_state_dict(saved(args, "teacher", "ema"))
+    return ema.requires_grad_(False).eval().to(args.device)
+
+
+def train_teacher(args):
+    torch.manual_seed(args.seed)
+    world, linear = make_world(args), code(args)
+    tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
+    unet, text = build_unet(args), build_text(tokenizer)
+    if (Path(args.work) / "clip" / "checkpoint.safetensors").exists():
+        text.load_state_dict(saved(args, "clip", "text"))
+        print("text encoder starts from the clip stage")
+    if args.init:
+        for module, weights in zip((unet, text), shipped_teacher(args)):
+            module.load_state_dict(weights)
+    ema = nn.ModuleList([build_unet(args), build_text(tokenizer)]).requires_grad_(False).to(args.device)
+    both = nn.ModuleList([unet, text]).to(args.device)
+    ema.load_state_dict(both.state_dict())
+    optimizer = torch.optim.AdamW(both.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=.01, fused=True)
+    bar = alphas_cumprod().to(args.device)
+    if args.compile:
+        unet.compile()
+
+    def draw(i, g):
+        n, batch = args.batch * args.noises, opened(world, args, i).sample(args.batch, g)
+        dropped, z = torch.rand(args.batch, generator=g) < .1, to_latents(linear, batch.images)
+        ids = tokenize(tokenizer, ["" if d else c for c, d in zip(batch.captions, dropped.tolist())])
+        t = torch.sigmoid(torch.randn(n, generator=g))
+        t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
+        t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
+        return z.repeat(args.noises, 1, 1, 1), ids.repeat(args.noises, 1), t, torch.randn(n, args.channels, 8, 8, generator=g), i
+
+    def step(batch):
+        z, ids, t, eps = (x.to(args.device) for x in batch[:4])
+        a = bar[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - a ** 2).sqrt()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            out = unet(a * z + s * eps, t, text(ids).last_hidden_state).sample
+        loss = (out.float() - (a * eps - s * z)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(both)
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        follow(ema, both, batch[4], .999)
+        return {"v": loss}
+
+    fixed = world.sample(24, torch.Generator().manual_seed(5))
+    ids, empty = tokenize(tokenizer, fixed.captions, args.device), tokenize(tokenizer, [""] * 24, args.device)
+    noise = torch.randn(24, args.channels, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
+
+    @torch.no_grad()
+    def preview():
+        z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
+        return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
+
+    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, draw, step, preview)
