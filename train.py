@@ -304,8 +304,7 @@ def iteration(m, args, turn, step):
             terms["reconstruction"] = losses.reconstruction(out[:left], target[:left], photos.mask[:left])
             loss = args.reconstruction_weight * real * terms["reconstruction"]
         if echoes:
-            # an echo has no mask of its own; a photo of the batch lends its
-            terms["echo"] = losses.reconstruction(out[left:], target[left:], photos.mask[left - len(out):])
+            terms["echo"] = losses.reconstruction(out[left:], target[left:])  # all of it: only a padded photo has a mask
             loss = loss + args.echo_weight * echoed * terms["echo"]
         (m.scale * loss).backward()
         norms["teacher's gradient"] = clip(m.moved["teacher"].values(), args.max_grad_norm, m.scale)

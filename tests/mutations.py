@@ -43,7 +43,7 @@ MUTATIONS = [
     ("alignment not weighed when asked", "train.py", "(c * losses.alignment(", "(losses.alignment(", f"{WIRING} -k one_noise"),
     ("mask left out of the reconstruction", "train.py", "losses.reconstruction(out[:left], target[:left], photos.mask[:left])", "losses.reconstruction(out[:left], target[:left])", f"{WIRING} -k padded"),
     ("photos' mask inverted", "train.py", 'mode="area").to(m.device)\n', 'mode="area").to(m.device).neg().add(1)\n', f"{WIRING} -k padded"),
-    ("echoes scored as the first photos", "train.py", "losses.reconstruction(out[left:], target[left:], photos.mask[left - len(out):])", "losses.reconstruction(out[left:], target[:len(out) - left], photos.mask[left - len(out):])", f"{WIRING} -k padded"),
+    ("echoes scored as the first photos", "train.py", "losses.reconstruction(out[left:], target[left:])", "losses.reconstruction(out[left:], target[:len(out) - left])", f"{WIRING} -k padded"),
     ("the same echoes in each step", "train.py", "seed * 1_000_003 + step + number * 500_009)", "seed * 1_000_003 + number * 500_009)", f"{WIRING} -k depend"),
     ("generator of a step without its step", "train.py", "g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  #",
      "g = torch.Generator().manual_seed(args.seed * 1_000_003)  #", f"{WIRING} -k depend"),

@@ -12,6 +12,7 @@ Writes sprites.webp (RGBA tiles of 64 px, row by row) and sprites.json (one entr
 The three artists drew the same name as three different individuals, which is the personalisation problem in small:
 the base knows the class word from Fluent and Twemoji, and has never seen Noto's individual.
 """
+import argparse
 import json
 import subprocess
 import tarfile
@@ -98,6 +99,7 @@ def fit(image):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         roots = fetch(folder)
         emoji = {v["name"]: e for e, v in json.loads((roots["names"] / "data-by-emoji.json").read_text()).items()
