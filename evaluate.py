@@ -131,10 +131,16 @@ def own_judges(base):
     return Path(find_base(base).folder or "none") / "judges"
 
 
+def embedded_judges(base):
+    if not own_judges(base).is_dir():
+        fail(f"--judges embedded: the {base} base ships without judges; take {', '.join(JUDGES)} or a folder")
+    return own_judges(base)
+
+
 def load_judges(name, base, tokenizer, device):
     """{"clip", "dino"} of "embedded" (the base's own), a key of JUDGES, or a folder with clip/ and dino/."""
     if name == "embedded":
-        folder = own_judges(base)
+        folder = embedded_judges(base)
         return {"clip": EmbeddedJudge(folder / "clip", tokenizer, device),
                 "dino": EmbeddedJudge(folder / "identity", tokenizer, device)}
     if name in JUDGES:
@@ -306,11 +312,17 @@ class Scorer:
         return {k: round(v, 4) for k, v in scores.items()}, images[:len(templates)]
 
 
+def check_photos(run, flags):
+    if not Path(flags["concept"]).is_dir():
+        fail(f"{run} was trained on the photos in {flags['concept']}, which is no folder now; put them back there")
+    photo_paths(flags["concept"])
+
+
 @torch.no_grad()
 def evaluate_run(args):
     """Score the photos, the untouched pair and the trained one: scores.json and contact.png of a run."""
     folder, flags, (device, _) = args.run, args.flags, pick_device(args.device)
-    photo_paths(flags["concept"])
+    check_photos(folder, flags)
     pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
     spec = read_spec("emoji" if args.judges == "embedded" else "dreambench")
     templates = templates_for(spec, flags["class_word"])
@@ -354,6 +366,7 @@ def compare_blind(args):
     concepts = [flags["concept"] for _, flags in runs]
     if concepts[0] != concepts[1]:
         fail(f"--ab_sheet compares two runs of one subject, not of {concepts[0]} and {concepts[1]}")
+    check_photos(*runs[0])
     device, _ = pick_device(args.device)
     for model, (folder, flags) in zip(models, runs):
         pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
@@ -431,6 +444,8 @@ def parse_arguments(argv=None):
     elif not args.ab_sheet and not args.tally and not args.report:
         args.run, args.flags = read_run(args.run, base=args.base)
         args.judges = args.judges or ("embedded" if own_judges(args.flags["base"]).is_dir() else "siglip2")
+        if args.judges == "embedded":
+            embedded_judges(args.flags["base"])
     return args
 
 

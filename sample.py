@@ -56,6 +56,8 @@ def parse_arguments(argv=None):
     check_range((0, 2 ** 32 - args.num_images), args.seed, "--seed")  # the last image's, too
     if args.steps is not None and (args.steps < 1 or not args.teacher and args.steps not in (1, 2, 4)):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
+    if args.compare and args.teacher:
+        fail("--compare draws student and teacher; leave --teacher out (--steps is then the student's)")
     pick_device(args.device)
     refuse_foreign_bytes(args)
     if args.base and not args.run:  # the pair as it came

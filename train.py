@@ -74,6 +74,18 @@ def refuse_contradictions(args):
         fail("--report_to tensorboard needs a package that is not installed; pip install tensorboard")
     if args.teacher_lr == args.student_lr == args.token_lr == 0:
         fail("--teacher_lr, --student_lr and --token_lr are all 0, so nothing would be learned; raise one of them")
+    active = active_losses(args)
+    if not (active["teaches"] or active["draws"] or args.denoising_weight and args.student_lr + args.token_lr):
+        fail("every --..._weight is 0 or belongs to a network whose learning rate is 0, so nothing would be learned; raise one, such as --reconstruction_weight")
+
+
+def active_losses(args):
+    """Which parts of an iteration teach anybody anything: the teacher's loss, the alignment, the adversarial loss, the student's step."""
+    aligns = any(getattr(args, f"{k}_weight") for k in losses.ALIGNMENT)
+    competes = args.adversarial_weight + args.scene_adversarial_weight > 0
+    moves = args.student_lr > 0 or not args.detach_prompt or not args.share_text
+    return {"teaches": args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0, "aligns": aligns, "competes": competes,
+            "draws": moves and (aligns or competes)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,11 +148,7 @@ def build(args, device, **loading):
         name=f"{args.token} {args.class_word}", prompts=load_prompts(base.prompts, args.validation_prompt), world=base.prompts,
         impl=args.kernels, autocast=precision(device, args.mixed_precision),
         photos=Photos(photos, masks, args.flip, args.size_augmentation, args.published_sizes),
-        scale=1024 if args.mixed_precision == "fp16" else 1,  # lifts small gradients above fp16's smallest number, 6e-8
-        teaches=args.reconstruction_weight > 0 and args.teacher_lr + args.token_lr > 0,
-        aligns=any(getattr(args, f"{k}_weight") for k in losses.ALIGNMENT),
-        competes=args.adversarial_weight + args.scene_adversarial_weight > 0)
-    m.draws = (args.student_lr > 0 or not args.detach_prompt or not args.share_text) and (m.aligns or m.competes)
+        scale=1024 if args.mixed_precision == "fp16" else 1, **active_losses(args))  # scale: lifts small gradients above fp16's smallest number, 6e-8
     m.critics_look = list(heads) if args.critic_views else []  # at windows of the photos, not at the photos of a batch
     m.known = None if args.size_augmentation else study(m, m.photos.photos, [k for k in heads if k not in m.critics_look])
     m.views = study_windows(m, args) if m.critics_look else None

@@ -3,7 +3,7 @@
     python train.py --concept photos/*
     torchrun --nproc_per_node=4 train.py --concept photos/*
 
-The same command goes on after any stop: finished runs are passed over and unfinished ones resumed.
+Of several concepts the same command goes on after any stop: finished runs are passed over and unfinished ones resumed.
 """
 import os
 import sys
@@ -19,7 +19,7 @@ from data.run import checkpoints
 def share(argv=None):
     """[(concept, command line)] of this process's runs: all that --concept names, or under torchrun every WORLD_SIZE-th of them.
 
-    A concept that stands alone keeps its command line. Of several, each run goes to a folder of its own in --output_dir.
+    A concept that stands alone keeps its command line, but not under torchrun. Of several, each run goes to a folder of its own in --output_dir.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))

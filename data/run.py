@@ -3,6 +3,7 @@
 Everything on disk is safetensors + JSON + PNG, written to a temporary name and renamed.
 """
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -90,10 +91,9 @@ class Run:
     def clear(self):
         """Nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag."""
         if checkpoints(self.out):
-            shutil.rmtree(self.out / "checkpoints-before", ignore_errors=True)
-            (self.out / "checkpoints").rename(self.out / "checkpoints-before")
-            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint "
-                  f"{checkpoints(self.out, 'checkpoints-before')[-1]}")
+            aside = next(name for n in itertools.count(1) if not (self.out / (name := f"checkpoints-before-{n}" if n > 1 else "checkpoints-before")).exists())
+            (self.out / "checkpoints").rename(self.out / aside)
+            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint {checkpoints(self.out, aside)[-1]}")
         for part in ("checkpoints", "previews"):
             shutil.rmtree(self.out / part, ignore_errors=True)
         for old in self.out.glob("echo*.png"):

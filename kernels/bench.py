@@ -139,16 +139,17 @@ def profile(steps=4):
     import tempfile
 
     import train
+    from data import progress
     watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + GPU * [torch.profiler.ProfilerActivity.CUDA])
 
-    class Watched(train.tqdm):
+    class Watched(progress.tqdm):
         def __iter__(self):
             for i, step in enumerate(super().__iter__()):
                 if i == 1:
                     watch.start()
                 yield step
             watch.stop()
-    train.tqdm = Watched
+    progress.tqdm = Watched
     with tempfile.TemporaryDirectory() as folder:
         train.main(["--concept", str(HERE.parent / "data" / "dog"), "--max_train_steps", str(steps), "--echo_steps", "0", "--preview_steps", "0",
                     "--output_dir", folder])

@@ -84,7 +84,7 @@ MUTATIONS = [
     ("copies kept in the echo", "losses.py", ".max() < max_similarity):", ".max() < 9):", LOSSES),
     # networks and kernels
     ("LPIPS lets the gradient reach its target", "kernels/lpips_tail.py", "for i in (a, b.detach()))", "for i in (a, b))", KERNELS),
-    ("the teacher's guess has a gradient", "kernels/guided_mse.py", "    with torch.no_grad():\n        with_prompt,", "    if True:\n        with_prompt,", KERNELS),
+    ("the teacher's guess has a gradient", "train.py", "@torch.no_grad()\ndef alignment_target", "def alignment_target", f"{WIRING} -k one_noise"),
     ("guidance from the wrong end", "model.py", "return free + guidance * (prompted - free)", "return prompted + guidance * (prompted - free)", f"{WIRING} -k one_noise"),
     ("with and without the prompt exchanged", "model.py", "prompted, free = (self.to_x0(out, z_t, t) for out", "free, prompted = (self.to_x0(out, z_t, t) for out", f"{WIRING} -k one_noise"),
     ("one step from the second-noisiest level", "model.py", "torch.full((len(eps),), self.last, device", "torch.full((len(eps),), self.last - 1, device", SCHEDULERS),

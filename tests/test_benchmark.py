@@ -2,9 +2,11 @@
 import functools
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +69,19 @@ def test_the_committed_results_were_trained_with_the_recipes_that_are_listed(con
     assert {"EchoDistill", "no echo (real only)", "teacher first then distil"} < {name for name, *_ in results} and not damaged
     for (name, *_), line in results.items():
         assert (line["flags"] is None) == (methods[name]["flags"] is None)
-        assert line["flags"] is None or line["recipe"] == {k: now(name)[k] for k in line["recipe"]}, name
+        assert line["flags"] is None or line["recipe"] == {k: now(name)[k] for k in line["recipe"]} | {"mixed_precision": line["recipe"]["mixed_precision"]}, name
+
+
+def test_the_front_table_is_that_of_the_committed_results():
+    results, _ = report.read_results(HERE / "results")
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| student, 1 step | all three |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    called = {"teacher first, then distil": "teacher first then distil", "no echo, as many iterations": "no echo (real only)", "the world's own drawings": "real pictures"}
+    assert len(rows) == 9
+    for label, *cells, seconds in rows:
+        method = called.get(label, label)
+        mean = [np.mean(list(report.by_subject(results, method, "world" if method == "real pictures" else STUDENT, s).values())) for s in ("all three", "identity", "obeyed", "KID")]
+        assert cells == [*(f"{v:.3f}"[1:] for v in mean[:3]), f"{mean[3]:.0f}"] and seconds == ("" if method == "real pictures" else report.cost(results, method)[2]), label
 
 
 # -- what stands for what ---------------------------------------------------------------------------------------
@@ -154,6 +168,30 @@ def test_a_training_that_stops_inside_a_job_says_why_on_the_terminal(monkeypatch
     assert code == 2 and "wild, cat face, seed 0" in message and "not finite at step 2; lower --student_lr" in message
     log = Path("bench/runs/wild/cat_face-0/train.txt")
     assert str(log) in message and "step 1" in log.read_text() and not list(Path("bench").glob("jobs/*/*"))
+
+
+def test_a_job_killed_outright_starts_anew_for_its_seconds_are_not_known(monkeypatch, tmp_path):
+    calls, folder = [], tmp_path / "runs"
+
+    def trained(argv):
+        calls.append("--resume_from_checkpoint" in argv)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints" / "step-000001.safetensors").write_bytes(b"")
+        if len(calls) == 1:
+            sys.exit(130)
+    monkeypatch.setattr(script, "train", trained)
+    with pytest.raises(SystemExit):
+        run.train_once(folder, [], ("a", "cat", 0), {})
+    run.train_once(folder, [], ("a", "cat", 0), {})  # after a stop that was asked for
+    os.utime(folder / "cpu_seconds.json", (0, 0))  # as if a later checkpoint had been written and no record
+    run.train_once(folder, [], ("a", "cat", 0), {})
+    assert calls == [False, True, False]
+
+
+def test_differences_are_of_the_scores_that_there_are():
+    known = {"DINO": .5, "CLIP-T": .3}
+    header, rows = report.difference_table(dict(line(m, s, 0, .5, scores={STUDENT: known}) for m in ("EchoDistill", "other") for s in "abcdef"), "EchoDistill")
+    assert header == ["row", "against EchoDistill's", "subjects", "CLIP-T difference", "DINO difference"] and [r[:3] for r in rows] == [[f"other: {STUDENT}", STUDENT, 6]]
 
 
 # -- damaged results --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_a_run_is_scored_and_an_untouched_student_has_not_drifted(concept, capsy
     assert abs(drift[0]) < 1e-4 < drift[1]
     assert scores["judges"]["clip"].endswith("judges/clip") and (run / "contact.png").is_file()
     assert "| student, 1 step" in capsys.readouterr().out
+
+
+def test_a_run_without_its_photos_or_a_base_without_judges_is_refused_by_name(concept, capsys):
+    run = train(*SHORT.split())
+    shutil.rmtree(concept)
+    code, said = exit_of(evaluate.main, ["--run", run], capsys)
+    assert code == 2 and str(concept.name) in said and "out/dog" in said and "--concept" not in said
+    code, said = exit_of(lambda argv: evaluate.load_judges("embedded", "sd-turbo", None, "cpu"), [], capsys)
+    assert code == 2 and "--judges embedded" in said and "sd-turbo" in said
 
 
 # -- benchmark --------------------------------------------------------------------------------------------------

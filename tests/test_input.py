@@ -150,8 +150,10 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
     (None, train, D + ["--echo_rounds", 1000, "--echo_steps", 10 ** 6], "--echo_rounds"), (None, train, D + ["--echo_rounds", 10 ** 11], "--echo_rounds"),
     (None, train, D + ["--mask_erosion", 10 ** 11], "--mask_erosion"), (None, train, D + ["--critic_views", 10 ** 11], "--critic_views"),
     (None, train, D + ["--teacher_lr", 0, "--student_lr", 0, "--token_lr", 0], "--teacher_lr"),
+    *[(None, train, D + [f for w in off for f in (f"--{w}_weight", 0)] + more, "nothing would be learned; raise one, such as --reconstruction_weight") for off, more in (
+        (("reconstruction", "adversarial", "identity", "latent", "swd"), []), (("reconstruction",), ["--student_lr", 0]))],
     (None, train, D + ["--mixed_precision", "fp16"], "--mixed_precision fp16"), (None, train, D + ["--sequential"], "--echo_steps 0"),
-    (None, train, D + ["--transplant", "--train_unet", "lora"], "--transplant"),
+    (None, train, D + ["--carry", "--train_unet", "lora"], "--carry moves"),
     (loop("dog/06.png"), train, D, "06.png"),
     # bases with missing, cut, damaged or foreign parts
     *[(base_folder(change), train, [*D, "--base", "base"], named) for change, named in (
@@ -170,7 +172,7 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         ([], "--prompt"), (["--prompt", "  "], "--prompt"), (["--prompt", "a", "--num_images", 0], "--num_images"), (["--prompt", "a", "--steps", 3], "--steps"),
         (["--prompt", "a", "--num_images", 10 ** 18], "--num_images"), (["--export", "there", "--rank", 10 ** 11], "--rank"),
         (["--prompt", "a", "--teacher", "--steps", 1001], "--steps 1001"), (["--prompt", "a", "--teacher", "--steps", 10 ** 20], "--steps"),
-        (["--prompt", "a", "--teacher", "--steps", 0], "--steps"), (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale"),
+        (["--prompt", "a", "--teacher", "--steps", 0], "--steps"), (["--prompt", "a", "--compare", "--teacher", "--steps", 16], "--compare"), (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale"),
         (["--prompt", "a", "--seed", -5], "--seed"), (["--prompt", "a", "--device", "abacus"], "--device"), (["--prompt", "a", "--rank", 4], "--rank"),
         (["--prompt", "a", "--export", "there"], "--export"), (["--export", "there", "--rank", 0], "--rank"), (["--export", "run/config.json"], "--export"),
         (["--prompt", "a", "--output_dir", "run/config.json"], "--output_dir"), (["--prompt", "a", "--output_dir", "/proc/nowhere"], "--output_dir"),

@@ -65,7 +65,7 @@ def test_a_stage_ends_when_its_minutes_are_over_and_at_rest(monkeypatch):
 
 
 def test_the_rate_rises_holds_and_falls():
-    assert loop.trapezoid(0, 0, .3) == 1 / 200 and loop.trapezoid(500, .5, .3) == 1 and loop.trapezoid(900, .85, .3) == pytest.approx(.5) and loop.trapezoid(9, 1, .3) == 0
+    assert loop.trapezoid(0, 0, .3) == 1 / 200 and loop.trapezoid(500, .5, .3) == 1 and loop.trapezoid(900, .85, .3) == pytest.approx(.5) and loop.trapezoid(9, 1, .3) == 0 and loop.trapezoid(500, .99, 0) == 1
 
 
 def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
@@ -85,6 +85,10 @@ def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
     with torch.no_grad():
         x = pair.decode(pair.student.sample(torch.randn(2, *pair.latent_shape), pair.text(["a dog", "a cat"]), 1))
     assert x.shape == (2, 3, 64, 64) and x.isfinite().all()
+    readme = (ROOT / "data/emoji/README.md").read_bytes()
+    shutil.copytree(Path(BASE, "judges"), "base/judges", dirs_exist_ok=True)
+    pretrain.main(["measure", "--base", "base", "--samples", "2", "--work", "work"])
+    assert Path("base/samples.png").is_file() and Path("base/scores.json").is_file() and (ROOT / "data/emoji/README.md").read_bytes() == readme
     assert torch.equal(pair.vae.decoder.outward.weight, weights(Path("work/vae"))["ema/decoder.outward.weight"].half().float())
 
 

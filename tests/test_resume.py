@@ -96,6 +96,9 @@ def test_a_forgotten_resume_flag_loses_no_work(concept, monkeypatch, capsys):
     aside, = checkpoints("out/dog", "checkpoints-before")
     assert aside.read_bytes() == saved and f"--resume_from_checkpoint {aside}" in capsys.readouterr().out
     assert [p.name for p in checkpoints("out/dog")] == ["step-000001.safetensors"]
+    interrupt_at(1, monkeypatch)
+    stopped(*SHORT)  # forgotten again
+    assert aside.read_bytes() == saved and len(checkpoints("out/dog", "checkpoints-before-2")) == 1
 
 
 def test_the_resume_command_replaces_an_earlier_resume_flag(concept, monkeypatch, capsys):

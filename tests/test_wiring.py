@@ -19,7 +19,9 @@ def made(concept):
     def make(*switches, **flags):
         flags = dict(train_unet="kv", train_batch_size=2, mixed_precision="no", swd_projections=4, scene_prompts=0, student_lr=1e-5, teacher_lr=1e-5,
                      token_lr=1e-4, kv_rate=1) | OFF | flags
-        args = train.parse_arguments(["--concept", "dog", "--no-carry", *(f"--{k}={v}" for k, v in flags.items()), *switches])
+        weights = {k: v for k, v in flags.items() if k.endswith("_weight")}  # set afterwards: with none at all a run would be refused
+        args = train.parse_arguments(["--concept", "dog", "--no-carry", *(f"--{k}={v}" for k, v in flags.items() if k not in weights), *switches])
+        vars(args).update(weights)
         m = train.build(args, torch.device("cpu"))
         m.echo.z, m.echo.prompts = torch.randn(4, *m.pair.latent_shape, generator=torch.Generator().manual_seed(7)), ["a <v> dog"] * 4
         return m, args

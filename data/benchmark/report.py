@@ -215,15 +215,15 @@ def score_table(results):
 
 def difference_table(results, reference):
     """(header, rows): reference minus the row; a teacher is compared with the reference's teacher too."""
-    rows = []
+    rows, scores = [], [s for s in COMPARED if s in scored(results)]  # on photos fewer are known
     for method, model in row_names(results):
         for other in [(reference, "student, 1 step")] + [(reference, model)] * model.startswith("teacher"):
-            found = {s: paired(results, other, (method, model), s) for s in COMPARED}
+            found = {s: paired(results, other, (method, model), s) for s in scores}
             if other != (method, model) and all(found.values()):
-                rows.append([f"{method}: {model}", other[1], found["DINO"][3],
+                rows.append([f"{method}: {model}", other[1], max(n for *_, n in found.values()),
                              *(f"{d:+.3f} [{low:+.3f}, {high:+.3f}]{' *' * bool(sign((d, low, high, n)))}"
                                for d, low, high, n in found.values())])
-    return ["row", f"against {reference}'s", "subjects", *(f"{s} difference" for s in COMPARED)], rows
+    return ["row", f"against {reference}'s", "subjects", *(f"{s} difference" for s in scores)], rows
 
 
 def short_table(results, reference):

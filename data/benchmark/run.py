@@ -145,7 +145,11 @@ def train_once(folder, argv, job, recipe):
             k = changed[0]
             fail(f"{folder} was trained with {k} {trained[k]!r}, not {recipe[k]!r}; remove it")
         return spent
-    if checkpoints(folder):
+    found = checkpoints(folder)
+    if found and not (record.is_file() and record.stat().st_mtime >= found[-1].stat().st_mtime):
+        shutil.rmtree(folder)  # killed outright: nobody knows its seconds
+        found, spent = [], 0.
+    if found:
         argv = argv + ["--resume_from_checkpoint", "latest"]
     else:
         spent = 0.

@@ -102,7 +102,7 @@ def follow(ema, model, step, decay=.999):
 
 def trapezoid(i, progress, decay, warmup=200):
     """Learning-rate factor at step i: linear warm-up, constant, linear decay over the last part of the progress from 0 to 1."""
-    return max(0, min(1, (i + 1) / warmup, (1 - progress) / decay))
+    return max(0, min(1, (i + 1) / warmup, (1 - progress) / max(decay, 1e-9)))
 
 
 def make_world(args, splits="pretrain", p=P):

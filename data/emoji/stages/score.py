@@ -11,16 +11,19 @@ from measure import edge_energy, kid, name_neighbours, name_objects
 from stages.loop import make_world
 from world import PLACES, World, article
 
+HERE = Path(__file__).resolve().parents[1]
+
 
 @torch.no_grad()
 def measure(args):
-    """Fill the table of README.md: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
+    """Fill the table of README.md, or print it of another --base: args.samples prompts "a NOUN PLACE" and half as many "a NOUN next to a NOUN PLACE"; scores, a grid.
 
     object, both    the naming judge's first choice; for a pair that of each half, in the middle of a picture of its own
     place           the clip judge's first choice among all places, the noun given
     KID             of the identity judge's embeddings against twice as many fresh real pictures; edges: in units of theirs
     """
-    base = Path(args.base)
+    base = Path(args.base).resolve()
+    own = base == HERE / "base"  # of another pair the table is only printed
     pair, judge, eye, namer = load_pair(base, "<v>", "dog"), *(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names"))
     plain = dict.fromkeys(World.P, 0.0) | {"place": 1.0}
     alone, paired = (make_world(args, p=plain | {"beside": p}) for p in (0.0, 1.0))
@@ -69,9 +72,11 @@ def measure(args):
         print(f"{name}: {row}", flush=True)
     save_json(base / "scores.json", {"prompts": args.samples, "seed": args.seed, "freedom": args.freedom, **scores})
     rows = [(name, pictures[name][kind][i:i + 10]) for kind, i in (("one", 0), ("one", 10), ("one", 20), ("two", 0)) for name in ("teacher", "student")]
-    save_png(grid(rows), base.parent / "samples.png")
+    save_png(grid(rows), (HERE if own else base) / "samples.png")
     print("\n".join(real["one"].captions[:30] + real["two"].captions[:10]))
     table = [f"| {args.samples} prompts, {args.samples // 2} of neighbours | object, of {len(nouns)} | place, of {len(PLACES)} | both neighbours | KID | edges | ms per image |", "|---" * 7 + "|"]
     for name, row in scores.items():
         table.append("| " + " | ".join([name, *(f"{row[k]:.3f}" for k in ("object", "place", "both")), f"{row['KID']:.0f}", f"{row['edges']:.2f}", f"{row.get('ms per image', '')}"]) + " |")
-    fill_marks(base.parent / "README.md", "pair", "end pair", "\n".join(table) + "\n", "measure")
+    print("\n".join(table))
+    if own:
+        fill_marks(HERE / "README.md", "pair", "end pair", "\n".join(table) + "\n", "measure")
