@@ -81,7 +81,7 @@ def test_the_front_table_is_that_of_the_committed_results():
     for label, *cells, seconds in rows:
         method = called.get(label, label)
         mean = [np.mean(list(report.by_subject(results, method, "world" if method == "real pictures" else STUDENT, s).values())) for s in ("all three", "identity", "obeyed", "KID")]
-        assert cells == [*(f"{v:.3f}"[1:] for v in mean[:3]), f"{mean[3]:.0f}"] and seconds == ("" if method == "real pictures" else report.cost(results, method)[2]), label
+        assert cells == [*(f"{v:.3f}"[1:] for v in mean[:3]), str(round(mean[3]))] and seconds == ("" if method == "real pictures" else report.cost(results, method)[2]), label
 
 
 # -- what stands for what ---------------------------------------------------------------------------------------
