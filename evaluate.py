@@ -132,9 +132,10 @@ def own_judges(base):
 
 
 def embedded_judges(base):
-    if not own_judges(base).is_dir():
+    folder = own_judges(base)
+    if not folder.is_dir():
         fail(f"--judges embedded: the {base} base ships without judges; take {', '.join(JUDGES)} or a folder")
-    return own_judges(base)
+    return folder
 
 
 def load_judges(name, base, tokenizer, device):

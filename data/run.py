@@ -82,18 +82,18 @@ class Run:
         else:
             self.clear()
 
-    def set_aside(self, later):
-        """Checkpoints of a way that is left: a next "latest" must not go on from them."""
-        for path in later:
-            (self.out / "checkpoints-before").mkdir(exist_ok=True)
-            path.rename(self.out / "checkpoints-before" / path.name)
+    def set_aside(self, left):
+        """Move checkpoints of a way that is left, from which a next "latest" must not go on, to a new folder, which is returned."""
+        aside = next(p for n in itertools.count(1) if not (p := self.out / f"checkpoints-before{f'-{n}' * (n > 1)}").exists())
+        for path in left:
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+        return aside
 
     def clear(self):
         """Nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag."""
-        if checkpoints(self.out):
-            aside = next(name for n in itertools.count(1) if not (self.out / (name := f"checkpoints-before-{n}" if n > 1 else "checkpoints-before")).exists())
-            (self.out / "checkpoints").rename(self.out / aside)
-            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint {checkpoints(self.out, aside)[-1]}")
+        if left := checkpoints(self.out):
+            print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint {self.set_aside(left) / left[-1].name}")
         for part in ("checkpoints", "previews"):
             shutil.rmtree(self.out / part, ignore_errors=True)
         for old in self.out.glob("echo*.png"):

@@ -215,7 +215,8 @@ def score_table(results):
 
 def difference_table(results, reference):
     """(header, rows): reference minus the row; a teacher is compared with the reference's teacher too."""
-    rows, scores = [], [s for s in COMPARED if s in scored(results)]  # on photos fewer are known
+    known = scored(results)  # on photos fewer than in the emoji world
+    rows, scores = [], [s for s in COMPARED if s in known]
     for method, model in row_names(results):
         for other in [(reference, "student, 1 step")] + [(reference, model)] * model.startswith("teacher"):
             found = {s: paired(results, other, (method, model), s) for s in scores}

@@ -146,12 +146,9 @@ def train_once(folder, argv, job, recipe):
             fail(f"{folder} was trained with {k} {trained[k]!r}, not {recipe[k]!r}; remove it")
         return spent
     found = checkpoints(folder)
-    if found and not (record.is_file() and record.stat().st_mtime >= found[-1].stat().st_mtime):
-        shutil.rmtree(folder)  # killed outright: nobody knows its seconds
-        found, spent = [], 0.
-    if found:
+    if found and record.is_file() and record.stat().st_mtime >= found[-1].stat().st_mtime:
         argv = argv + ["--resume_from_checkpoint", "latest"]
-    else:
+    else:  # new, or killed outright, and then nobody knows its seconds
         spent = 0.
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.process_time() - spent
