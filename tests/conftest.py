@@ -2,6 +2,7 @@
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,20 @@ def inside_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def quick_pictures(monkeypatch):
+@contextmanager
+def drawn_in_one_step():
     """Whatever draws takes one step. For tests of weights: in sixteen, a short run's pictures take most of its time."""
     from model import Denoiser
     sample = Denoiser.sample
-    monkeypatch.setattr(Denoiser, "sample", lambda self, noise, context, steps, *rest: sample(self, noise, context, 1, *rest))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Denoiser, "sample", lambda self, noise, context, steps, *rest: sample(self, noise, context, 1, *rest))
+        yield
+
+
+@pytest.fixture
+def quick_pictures():
+    with drawn_in_one_step():
+        yield
 
 
 @pytest.fixture(autouse=True)

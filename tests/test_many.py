@@ -36,7 +36,7 @@ def files(run):
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in sorted(Path(run).rglob("*")) if p.is_file()}
 
 
-def test_of_several_concepts_each_equals_a_run_alone_and_the_same_command_goes_on_after_a_stop(capsys, monkeypatch):
+def test_of_several_concepts_each_equals_a_run_alone_and_the_same_command_goes_on_after_a_stop(quick_pictures, capsys, monkeypatch):
     dog, cat, hat = concepts("dog", "cat", "hat")
     Path("photos/notes.txt").write_text("no concept")
     train_script.main(["--concept", cat, *SHORT])

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import data.run as run_script
 import train as train_script
-from conftest import ROOT, train
+from conftest import ROOT, drawn_in_one_step, train
 from data.run import checkpoints, read_checkpoint, restore, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 SHORT = ("--max_train_steps", 4, "--echo_steps", 2, "--echo_samples", 32, "--checkpointing_steps", 2, "--log_steps", 3)
 
 
@@ -33,7 +34,8 @@ def whole(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("whole"))
     os.symlink(ROOT / "data" / "dog", "dog")
     try:
-        return files(train(*SHORT, "--preview_steps", 3))
+        with drawn_in_one_step():
+            return files(train(*SHORT, "--preview_steps", 3))
     finally:
         os.chdir(here)
 
@@ -306,7 +308,8 @@ def quiet_train(folder, argv):
     os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
-    train_script.main(argv)
+    with drawn_in_one_step():
+        train_script.main(argv)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")

@@ -18,7 +18,7 @@ from test_input import run_folder
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("kernels/*.py")]
 
 
-def test_training_drawing_scoring_and_exporting_open_no_socket_and_unpickle_nothing(concept, monkeypatch, pair, encoders):
+def test_training_drawing_scoring_and_exporting_open_no_socket_and_unpickle_nothing(concept, monkeypatch, pair, encoders, quick_pictures):
     def forbidden(*args, **more):
         raise AssertionError("forbidden")
     for module, names in ((socket, ("socket", "create_connection", "getaddrinfo")), (pickle, ("load", "loads", "Unpickler", "dump", "dumps", "Pickler")),

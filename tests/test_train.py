@@ -36,7 +36,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_twenty_steps_lower_the_losses_and_change_the_picture(concept):
+def test_twenty_steps_lower_the_losses_and_change_the_picture(concept, quick_pictures):
     run = train("--max_train_steps", 20, "--echo_steps", 0)
     log = json.loads((run / "log.json").read_text())
     assert [row["step"] for row in log] == list(range(1, 21))
@@ -61,7 +61,7 @@ def test_twenty_steps_lower_the_losses_and_change_the_picture(concept):
     assert sum(critics[-5:]) < sum(critics[:5])
 
 
-def test_same_seed_same_bytes_and_another_seed_other_bytes(concept):
+def test_same_seed_same_bytes_and_another_seed_other_bytes(concept, quick_pictures):
     a, log = tensors(train(*SHORT)), open("out/dog/log.json").read()
     assert same(a, tensors(train(*SHORT))) and open("out/dog/log.json").read() == log
     assert not same(a, tensors(train(*SHORT, "--seed", 1)))
@@ -143,7 +143,7 @@ def test_sample_finds_the_run_and_draws_the_same_bytes_twice(concept, capsys):
     assert open("alone/a-v-dog-on-the-beach-seed6.png", "rb").read() == single, "an image depends on its seed alone"
 
 
-def test_training_never_loads_a_judge(concept, monkeypatch, tmp_path):
+def test_training_never_loads_a_judge(concept, quick_pictures, tmp_path):
     base = tmp_path / "base"
     import shutil
     shutil.copytree(ROOT / "data/emoji/base", base, symlinks=True, ignore=shutil.ignore_patterns("judges"))

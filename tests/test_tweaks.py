@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import drawn_in_one_step
+
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--concept", str(ROOT / "data" / "dog"), "--max_train_steps", "2", "--echo_steps", "2", "--echo_samples", "16", "--echo_floor", "0",
          "--train_batch_size", "2", "--scene_prompts", "0", "--log_steps", "1", "--preview_steps", "0", "--mixed_precision", "no"]
@@ -42,7 +44,8 @@ def go(folder, argv, stop_at):
             signal.raise_signal(signal.SIGINT)
         return reconstruction(*args)
     train.losses.reconstruction = interrupt
-    train.main(argv)
+    with drawn_in_one_step():
+        train.main(argv)
 
 
 def run(folder, *more, stop_at=0, code=0):
