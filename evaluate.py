@@ -402,6 +402,8 @@ def parser():
     g.add_argument("--method", action="append", default=[], metavar="NAME=FLAGS",
                    help="a further method by its train.py flags; repeatable")
     g.add_argument("--seeds", default="0,1,2", help="of the trainings")
+    g.add_argument("--own_seeds", action="store_true",
+                   help="seed s of subject k becomes 100 (s + 1) + k: a seed's noise then moves one subject, not all alike")
     g.add_argument("--train_flags", default="", help="flags for every training, such as '--base sd-turbo'")
     g.add_argument("--tuning", action="store_true",
                    help="emoji: the subjects that settings may be chosen on, not the 30 that count")

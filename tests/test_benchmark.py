@@ -129,6 +129,20 @@ def test_a_recipe_that_changed_after_a_job_was_done_is_noticed(capsys):
     assert code == 2 and "identity_weight 0.9, not 0.3" in message
 
 
+def test_with_own_seeds_no_two_subjects_share_one():
+    methods = {"plain": {"flags": None, "subjects": 9}, "few": {"flags": "", "subjects": 2}, "all": {"flags": "", "subjects": 9}}
+
+    def seeds(*flags):
+        args = evaluate.parse_arguments(["--benchmark", "emoji", "--seeds", "0,1", *flags])
+        jobs = run.list_jobs(args, methods, ["cat", "dog", "owl"])
+        assert len(jobs) == len(set(jobs)) == 3 + 2 * 2 + 2 * 3
+        return {name: [(s, seed) for m, s, seed in jobs if m == name] for name in methods}
+    assert seeds()["few"] == [("cat", 0), ("dog", 0), ("cat", 1), ("dog", 1)]
+    own = seeds("--own_seeds")
+    assert own["all"] == [("cat", 100), ("dog", 101), ("owl", 102), ("cat", 200), ("dog", 201), ("owl", 202)]
+    assert own["few"] == [("cat", 100), ("dog", 101), ("cat", 200), ("dog", 201)] and {seed for _, seed in own["plain"]} == {0}
+
+
 def test_a_kept_run_of_another_recipe_is_not_taken_for_this_one(concept, capsys):
     kept = Path("bench/runs/slow/cat_face-0")
     kept.mkdir(parents=True)

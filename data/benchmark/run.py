@@ -242,6 +242,18 @@ def check_finished(args, results, methods, subjects):
                      "take another --output_dir")
 
 
+def list_jobs(args, methods, subjects):
+    """[(method, subject, training seed)] of what is asked; seed 0 where nothing is trained."""
+    jobs = []
+    for number in args.seeds:
+        for i, s in enumerate(subjects):
+            seed = 100 * (number + 1) + i if args.own_seeds else number
+            wanted = [m for m in methods if i < methods[m]["subjects"]]
+            wanted.sort(key=lambda m: crc32(f"{m} {s} {seed}".encode()))  # so that each process gets long ones
+            jobs += [(m, s, 0 if methods[m]["flags"] is None else seed) for m in wanted]
+    return list(dict.fromkeys(jobs))
+
+
 def do_jobs(jobs, args, methods, subjects, unrelated, results, make_scorer):
     """Do jobs one after the other; each is written as soon as it is done, with a guess of the time left."""
     import train
@@ -278,10 +290,7 @@ def run_benchmark(args, make_scorer):
         method["recipe"] = None if method["flags"] is None else resolved(args, subjects, method["flags"])
     results, _ = report.read_results(args.output_dir)
     check_finished(args, results, methods, subjects)
-    jobs = list(dict.fromkeys((m, s, 0 if methods[m]["flags"] is None else seed)  # untrained: no seed
-                              for seed in args.seeds for i, s in enumerate(subjects)
-                              for m in sorted(methods, key=lambda m: crc32(f"{m} {s} {seed}".encode()))  # so that each process gets long ones
-                              if i < methods[m]["subjects"]))
+    jobs = list_jobs(args, methods, subjects)
     left = [j for j in jobs if j not in results]
     if rank == 0:
         size = f"{len(methods)} methods, {len(subjects)} subjects, {len(args.seeds)} seeds"
