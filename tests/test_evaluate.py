@@ -150,14 +150,14 @@ def lines(folder="bench"):
 
 
 def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_again(hub_judges, capsys):
-    flags = ["--judges", hub_judges / "paper", "--subjects", 1, "--seeds", "1", "--methods", "untouched", "--reference", "short", "--method", f"short={SHORT}"]
+    flags = ["--judges", hub_judges / "paper", "--subjects", 2, "--seeds", "1", "--methods", "untouched", "--reference", "short", "--method", f"short={SHORT}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "evaluate.py"), *benchmark(*flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parallel = lines()
-    assert [r["seed"] for r in parallel if r["method"] == "untouched"] == [0]  # training's seed does not reach it
-    assert len(parallel) == 2 and "2 process(es)" in done.stdout
+    assert [r["seed"] for r in parallel if r["method"] == "untouched"] == [0, 0]  # training's seed does not reach it
+    assert len(parallel) == 4 and "2 process(es)" in done.stdout
     os.rename("bench", "parallel")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -167,10 +167,10 @@ def test_two_processes_find_what_one_finds_and_finished_jobs_are_never_done_agai
     stamps = {p: p.stat().st_mtime_ns for p in Path("bench/jobs").rglob("*.json")}
     capsys.readouterr()
     evaluate.main(benchmark(*flags))
-    assert "2 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    assert "4 done" in capsys.readouterr().out and stamps == {p: p.stat().st_mtime_ns for p in stamps}
     page = open("bench/report.html", encoding="utf-8").read()
-    with Image.open("bench/pictures.webp") as sheet:  # the photo, a gap and eight pictures
-        assert sheet.size == (144 + 8 * 128, 128) and np.asarray(sheet)[:128, 144:].std() > 10
+    with Image.open("bench/pictures.webp") as sheet:  # of two subjects, the photo, a gap and eight pictures
+        assert sheet.size == (144 + 8 * 128, 2 * 128) and np.asarray(sheet)[:128, 144:].std() > 10
     assert "data:image/webp;base64," in page and "http" not in page and "untouched" in page
     code, message = exit_of(evaluate.main, benchmark(*flags[:-1], "short=--max_train_steps 3"), capsys)
     assert code == 2 and "max_train_steps 2, not 3" in message and "--output_dir" in message

@@ -6,15 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import drawn_in_one_step
+from conftest import ROOT, drawn_in_one_step
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--concept", str(ROOT / "data" / "dog"), "--max_train_steps", "2", "--echo_steps", "2", "--echo_samples", "16", "--echo_floor", "0",
          "--train_batch_size", "2", "--scene_prompts", "0", "--log_steps", "1", "--preview_steps", "0", "--mixed_precision", "no"]
 
