@@ -165,6 +165,11 @@ class Pair:
     def latent_shape(self):
         return (self.student or self.teacher).unet.config.in_channels, self.resolution // self.factor, self.resolution // self.factor
 
+    @property
+    def at_once(self):
+        """Pictures that the autoencoder takes at once where there is a choice: half a million pixels, or it would need the most memory of all."""
+        return max(1, 2 ** 19 // self.resolution ** 2)
+
     def encode(self, x, spread=False):
         """Images (B, 3, H, W) in [-1, 1] to diffusion latents; the mean where the encoder gives a distribution.
 
@@ -181,8 +186,9 @@ class Pair:
     def decode(self, z, tiny=False):
         """Diffusion latents to images in about [-1, 1], by the tiny decoder if asked for and loaded; gradients pass."""
         vae = self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
+        parts = [z] if torch.is_grad_enabled() else z.split(self.at_once)
         with as_stored(vae):
-            return vae.decode(z / vae.config.scaling_factor).sample.float()
+            return torch.cat([vae.decode(part / vae.config.scaling_factor).sample for part in parts]).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from data.base import find_base, load_pair, load_tokenizer, pick_device, read_config, unknown_words
-from data.disk import fail, make_folder, refuse_foreign_bytes
-from data.images import add_png, grid, load_prompts, load_strip, refuse_overlap, to_pil
+from data.base import announce_download, find_base, load_pair, load_tokenizer, pick_device, read_config, unknown_words
+from data.disk import fail, make_folder, refuse_foreign_bytes, write_atomically
+from data.images import add_png, grid, load_prompts, load_strip, refuse_overlap, to_bytes, to_pil
 from data.recipe import DRAWING, Parser, check_range, read_toml
 from data.run import file_names, load_run, read_run, refuse_obstacles, save_run, slug
 from model import compile_networks, draw
@@ -58,6 +58,8 @@ def parse_arguments(argv=None):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
     if args.compare and args.teacher:
         fail("--compare draws student and teacher; leave --teacher out (--steps is then the student's)")
+    if args.live and (odd := [k for k in ("compare", "teacher", "base_only", "compile", "output_dir") if getattr(args, k)]):
+        fail(f"--{odd[0]} does nothing beside --live, whose page has its own switches; leave it out")
     pick_device(args.device)
     refuse_foreign_bytes(args)
     if args.base and not args.run:  # the pair as it came
@@ -107,14 +109,14 @@ def remarks(prompts, args, tokenizer):
 
 
 def export(args, device):
-    make_folder(args.export, "--export")
+    args.export = make_folder(args.export, "--export")
     refuse_obstacles(args.export)
     flags = args.flags
     pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags, torch.float32)
     before = load_run(args.run, pair)
     named = [p.replace("{}", f"{flags['token']} {flags['class_word']}") for p in load_prompts(find_base(flags["base"]).prompts)["preview"][:4]]
-    if (args.run / "photos.png").is_file() and args.run.resolve() != Path(args.export).resolve():
-        shutil.copy(args.run / "photos.png", args.export)
+    if (args.run / "photos.png").is_file() and args.run.resolve() != args.export.resolve():
+        write_atomically(args.export / "photos.png", lambda p: shutil.copyfile(args.run / "photos.png", p))
     save_run(args.export, pair, before, flags, named, args.rank)
     print(f"exported {args.run} to {args.export}; its README.md shows how to load it")
 
@@ -128,6 +130,7 @@ def main(argv=None):
         return serve(args)
     if args.export:
         return export(args, device)
+    announce_download(flags["base"], flags | {"tiny_vae": args.tiny_vae}, encoders=False)
     tokenizer = load_tokenizer(find_base(flags["base"], flags).teacher)
     tokenizer.add_tokens(token)
     for sentence in remarks(args.prompts, args, tokenizer):
@@ -155,19 +158,22 @@ def main(argv=None):
             draw(pair, next(iter(asked.values())), seeds, role == "teacher", steps, guidance, args.tiny_vae)
             print(f"torch.compile: {time.perf_counter() - start:.0f} s to warm up")
         for prompt, said in asked.items():
-            start = time.perf_counter()
-            drawn[prompt, who] = draw(pair, said, seeds, role == "teacher", steps, guidance, args.tiny_vae)
-            seconds += time.perf_counter() - start
             words = names[prompt] + f"-{role}" * (role == "teacher") + "-base" * (args.run is not None and not taught) + f"-{steps}steps" * (steps != own)
             facts = {"prompt": said, "steps": steps, "model": who, "base": flags["base"], **({"run": args.run} if taught else {})}
-            for seed, image in zip(seeds, to_pil(drawn[prompt, who])):
-                add_png(image, out / f"{words}-seed{seed}.png", facts | {"seed": seed})
+            rows = drawn[prompt, who] = []
+            for some in (seeds[i:i + 8] for i in range(0, len(seeds), 8)):
+                start = time.perf_counter()
+                images = draw(pair, said, some, role == "teacher", steps, guidance, args.tiny_vae)
+                seconds += time.perf_counter() - start
+                for seed, image in zip(some, to_pil(images)):
+                    add_png(image, out / f"{words}-seed{seed}.png", facts | {"seed": seed})
+                rows.append(to_bytes(images))
 
     photos = load_strip(args.run / "photos.png", pair.resolution) if args.compare else None
     rows, several = [] if photos is None else [("photos", photos)], len(drawn) > 1
     for prompt, who in sorted(drawn, key=lambda key: args.prompts.index(key[0])):
         label = textwrap.fill(f"{prompt} ({who})" if args.compare else prompt, 24) if several else ""
-        rows += [(label if i == 0 else "", part) for i, part in enumerate(drawn[prompt, who].split(8))]
+        rows += [(label if i == 0 else "", part) for i, part in enumerate(drawn[prompt, who])]
     words = f"{(slug(prompt) if args.compare else words) if len(args.prompts) == 1 else f'{len(args.prompts)}-prompts'}{'-compare' * args.compare}-grid.png"
     sheet = grid(rows, [f"seed {s}" for s in seeds] if several and len(seeds) <= 8 and photos is None else ())
     path = add_png(sheet, out / words, {"prompt": "\n".join(args.prompts)})

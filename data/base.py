@@ -5,6 +5,7 @@
 A pair is two folders in the diffusers layout; sizes, prediction types and scaling factors come from their configs. Every
 sentence about a missing or foreign file is here.
 """
+import gc
 import inspect
 import json
 import os
@@ -19,19 +20,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
-from data.recipe import BASES, DATA, Parser, read_toml
+from data.recipe import BASES, DATA, OF_BASE, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
+
+
+# whose scheduler draws each role, whatever a repository's own is, and what is set in it
+SCHEDULERS = {"teacher": ("DDIMScheduler", {"clip_sample": False}), "student": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"})}
 
 
 def find_base(name, flags=None):
     """Where the parts of a base lie: a name of BASES, or a folder; `teacher` and `student` in a run's flags replace its own.
 
-    .teacher .student .encoders .tiny_vae .student_lora: folders or hub repositories ("owner/name", "owner/name@revision");
+    .teacher .student .tiny_vae .student_lora: folders or hub repositories ("owner/name", "owner/name@revision");
+    .encoders: the folder of the embedded world's, or {"dino", "dinov2", "clip", "ip_adapter": where each lies};
     .licences: {repository: name of its licence}; .recipe: its recipe.toml; .prompts: key of prompts.json; .folder: of a base that is
-    one, else None. A folder holds
-    teacher/ and student/, or a base.json with the keys of a recipe's [base] ("recipe": "sd-turbo"); exit code 2 if neither.
+    one, else None. A folder holds teacher/ and student/, or a base.json with the keys of a recipe's [base]; exit code 2 if neither.
+    Its "recipe" is sd-turbo's, or emoji's for a teacher with the embedded pair's autoencoder.
     """
-    flags, recipe, folder, entry = flags or {}, name, None, {}
+    flags, recipe, folder = flags or {}, name, None
     if name in BASES:
         entry = read_toml(DATA / name / "recipe.toml")["base"]
         folder = DATA / name / entry["folder"] if "folder" in entry else None
@@ -39,15 +45,23 @@ def find_base(name, flags=None):
         folder, own = Path(name), Path(name, "base.json")
         if not os.path.isfile(own) and not all(os.path.isdir(folder / part) for part in ("teacher", "student")):
             fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
-        entry = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-        recipe = entry.get("recipe", "emoji")
+        entry = read_config(folder, "", "base.json", needed=False) or {}
+        usual = "emoji" if (read_config(folder, "teacher/vae", needed=False) or {}).get("_class_name") == "PatchAutoencoder" else "sd-turbo"
+        if not isinstance(entry, dict) or set(entry) - OF_BASE - {"recipe"}:
+            fail(f"{own} is no table of recipe, {', '.join(sorted(OF_BASE))}; mend it")
+        if (recipe := entry.get("recipe", usual)) not in BASES:
+            fail(f"{own}: recipe is {recipe!r}; give one of {', '.join(BASES)}")
+        entry = {"prompts": read_toml(DATA / recipe / "recipe.toml")["base"]["prompts"]} | entry
     if folder is not None:
         tiny = {"tiny_vae": str(folder / "tiny_vae")} if (folder / "tiny_vae").is_dir() else {}
-        entry = {part: str(folder / part) for part in ("teacher", "student", "encoders")} | tiny | entry
+        encoders = folder / "encoders"
+        if not (encoders / "clip" / "heads.safetensors").is_file():  # not the embedded world's
+            encoders = {name: f"{encoders}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{encoders}/ip_adapter.safetensors"}
+        entry = {"teacher": str(folder / "teacher"), "student": str(folder / "student"), "encoders": encoders} | tiny | entry
     given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
     if "student" in given:
         given["student_lora"] = None
-    defaults = {"prompts": "emoji", "tiny_vae": None, "student_lora": None, "licences": {}}
+    defaults = {"tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
 
 
@@ -112,7 +126,7 @@ def fetch(source, name, needed=True, dry=False):
         found = hf_hub_download(repo, name, revision=revision or None, **{"dry_run": True} if dry else {})
         return found if dry else Path(found)
     except errors.HFValidationError:
-        fail(f"{source} is no name of a hub repository such as stabilityai/sd-turbo; mend --teacher or --student")
+        fail(f"{source} is neither a folder here nor a hub repository such as stabilityai/sd-turbo; put the folder there, or mend the name")
     except errors.GatedRepoError:
         fail(f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`, or give a local folder")
     except errors.RepositoryNotFoundError:
@@ -131,6 +145,8 @@ def fetch(source, name, needed=True, dry=False):
         fail(f"{source} cannot be read from the hub ({str(error).splitlines()[0]}); try again later, or give a local folder")
     except OSError as error:  # of the disk, while a file is written
         fail(f"{source}: {name} cannot be kept ({error.strerror or error}); free some space, or point HF_HOME to a larger disk")
+    except Exception as error:  # of the connection: those of huggingface_hub's HTTP client are its own
+        fail(f"{source}: {name} cannot be fetched ({type(error).__name__}: {error}); run the same command again")
 
 
 def is_cached(repo, revision=None):
@@ -165,15 +181,18 @@ def weight_files(part, diffusers):
     return f"{stem}.fp16.safetensors", f"{stem}.safetensors"
 
 
-def announce_download(base, flags):
-    """Print what the hub is going to send, under which licences and where it is kept; refuse if the disk is too small for it."""
+def announce_download(base, flags, encoders=True):
+    """Print what the hub is going to send, under which licences and where it is kept; refuse if the disk is too small for it.
+
+    encoders: whether those of the losses are wanted, too.
+    """
     from huggingface_hub import constants
     at, sizes = find_base(base, flags), {}
+    needed = at.encoders if encoders and isinstance(at.encoders, dict) else {}
     wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("unet", "vae", "text_encoder")]
-    wanted += [(at.student, weight_files("unet", True))] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae"))
-    if isinstance(at.encoders, dict):
-        wanted += [(at.encoders[k], weight_files("", False)) for k in ("dino", "dinov2", "clip")]
-    for spec in (at.student_lora, at.encoders["ip_adapter"] if isinstance(at.encoders, dict) else None):
+    wanted += [(at.student, weight_files("unet", True))] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae") and at.tiny_vae)
+    wanted += [(source, weight_files("", False)) for k, source in needed.items() if k != "ip_adapter"]
+    for spec in (at.student_lora, needed.get("ip_adapter")):
         if spec and not os.path.isfile(spec):
             owner, name, file = spec.split("/", 2)
             wanted.append((f"{owner}/{name}", (file,)))
@@ -209,7 +228,9 @@ def load_part(kind, source, part, random=None, **config):
         if fetch(source, file, needed=False):
             break
     else:
-        fail(f"{source} holds no {Path(file).name}{f' in {part}/' if part else ''}; weights are read from safetensors only, never from pickles")
+        where = f"{source} holds no {Path(file).name}{f' in {part}/' if part else ''}"
+        fail(f"{where}; weights are read from safetensors only, never from pickles"
+             + "; if a download was broken off, connect once more" * (not os.path.isdir(source)))
     try:
         return kind.from_pretrained(folder, variant=variant, use_safetensors=True, **({"low_cpu_mem_usage": False} if diffusers else {}), **config)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
@@ -353,10 +374,10 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
     tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
     denoisers = {}
-    for role, scheduler, spacing in (("teacher", DDIMScheduler, {}), ("student", EulerDiscreteScheduler, {"timestep_spacing": "trailing"})):
+    for role, scheduler in (("teacher", DDIMScheduler), ("student", EulerDiscreteScheduler)):
         source = getattr(base, role)
         folder = fetch(source, "scheduler/scheduler_config.json").parent
-        denoisers[role] = Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **spacing)) if role in roles else None
+        denoisers[role] = Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **SCHEDULERS[role][1])) if role in roles else None
     if base.student_lora and denoisers["student"]:
         path = fetch_file(base.student_lora)
         try:
@@ -403,9 +424,7 @@ def load_encoders(base, device="cpu", flags=None, dtype=None, random=False):
     flags, base, dtype = flags or {}, find_base(base, flags), dtype or stored_in(device, flags)
     at = base.encoders
     if not isinstance(at, dict):
-        if (Path(at) / "clip" / "heads.safetensors").is_file():  # the embedded world's
-            return {name: load_encoder(Path(at) / name).to(device, memory_format=torch.channels_last) for name in ("clip", "identity")}
-        at = {name: f"{at}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{at}/ip_adapter.safetensors"}
+        return {name: load_encoder(Path(at) / name).to(device, memory_format=torch.channels_last) for name in ("clip", "identity")}
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 
     def load(kind, name, **config):
@@ -446,6 +465,8 @@ def check_memory(base, device, flags):
 def free_memory(device):
     """Free bytes of a device, or None where nothing tells."""
     if torch.device(device).type == "cuda":
+        gc.collect()  # what an earlier run of this process still holds
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type == "cpu" and Path("/proc/meminfo").is_file():
         return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024

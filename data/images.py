@@ -185,8 +185,8 @@ def load_prompts(base, more=None):
 
 
 def to_bytes(images):
-    """Images in [-1, 1] as uint8."""
-    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    """Images in [-1, 1] as uint8; such ones stay as they are."""
+    return images if images.dtype == torch.uint8 else ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def from_bytes(pixels):
@@ -210,7 +210,7 @@ def add_png(image, path, text):
         info.add_text(key, value)
 
     def ours(file):  # the same picture, drawn again or left there by train.py, which says nothing in it
-        with contextlib.suppress(OSError), Image.open(file) as old:
+        with contextlib.suppress(Exception), Image.open(file) as old:  # Pillow also refuses what is very large
             return old.convert(image.mode).tobytes() == image.tobytes() and getattr(old, "text", text) in ({}, text)
 
     names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in itertools.count(1))

@@ -60,8 +60,13 @@ def page(gr, args, runs):
             load_run(folder, pair)
         return pair
 
+    written = {}
+
     def pair_of(name, taught):
-        return load(name, taught, (runs[name][0] / "config.json").stat().st_mtime if taught and runs[name][0] else 0)
+        if taught and runs[name][0]:
+            with contextlib.suppress(OSError):  # while it is written anew: what is in memory goes on
+                written[name] = (runs[name][0] / "config.json").stat().st_mtime
+        return load(name, taught, written.get(name, 0) if taught else 0)
 
     def look_again():
         """The runs that have come since: a page that is loaded anew offers them."""
@@ -92,7 +97,7 @@ def page(gr, args, runs):
                 for s in range(int(seed or 0), int(seed or 0) + int(count)):
                     start = time.perf_counter()
                     image = to_pil(draw(pair, said, [s], role == "teacher", 16 if role == "teacher" else int(steps),
-                                        flags["guidance_scale"], args.tiny_vae))[0]
+                                        flags["guidance_scale"] if args.guidance_scale is None else args.guidance_scale, args.tiny_vae))[0]
                     image.info = {"prompt": said, "seed": str(s), "model": who, "run": str(folder)}  # goes into the file that is downloaded
                     pictures.append((image, f"{s}: {1000 * (time.perf_counter() - start):.0f} ms"))
                 yield [notes, *(shown | {who: gr.Gallery(pictures, visible=True)}).values()]

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from data.base import check_resolution, find_base, pick_device, read_config
+from data.base import SCHEDULERS, check_resolution, find_base, pick_device, read_config
 from data.disk import fail, make_folder, save_json, save_tensors, save_text
 from data.images import grid, photo_hashes, save_png, to_pil
 from data.recipe import BASES, KEYS, RUN, check, fits, read_toml
@@ -400,9 +400,11 @@ def loading_code(part, role, base, exact, prompt, guidance, size):
     if role == "student" and base.student_lora:
         folder, _, file = base.student_lora.rpartition("/")
         folder, revision = named(folder)
-        lines.insert(1, "from diffusers import EulerDiscreteScheduler")
-        lines += [f"pipe.load_lora_weights({folder}{revision}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()",
-                  'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")']
+        lines += [f"pipe.load_lora_weights({folder}{revision}, weight_name={quoted(file)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    (scheduler, fixed), its = SCHEDULERS[role], read_config(getattr(base, role), "scheduler", "scheduler_config.json")
+    if not {"_class_name": scheduler, **fixed}.items() <= its.items():
+        lines.insert(1, f"from diffusers import {scheduler}")
+        lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {', '.join(f'{k}={quoted(v) if isinstance(v, str) else v}' for k, v in fixed.items())})")
     steps, guidance = (1, 0.0) if role == "student" else (16, guidance)
     return "\n".join([
         *lines, f"pipe.load_textual_inversion({quoted(part)})",

@@ -1,9 +1,13 @@
 """The real pair with the files that its repositories really hold (tests/hub.py). python -m pytest tests/test_hub.py"""
+import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hub
@@ -216,9 +220,7 @@ def test_an_epsilon_teacher_is_fine_where_it_says_so(pair_folders, offline, conc
 
 def test_stock_diffusers_on_the_real_files_draws_what_sample_draws(offline, pair_folders, concept):
     """Both halves; the exported LoRA and token on from_pretrained(..., variant="fp16"), as a user has it."""
-    import numpy as np
     from diffusers import StableDiffusionPipeline
-    from PIL import Image
     run = train("--base", "sd-turbo", *SHORT, "--echo_steps", 0, "--student_lr", .01, "--teacher_lr", .01)
     for role, part, flags, call in (("student", run, (), dict(num_inference_steps=1, guidance_scale=0.0)),
                                     ("teacher", run / "teacher", ("--teacher", "--steps", "4"), dict(num_inference_steps=4, guidance_scale=7.5))):
@@ -232,3 +234,22 @@ def test_stock_diffusers_on_the_real_files_draws_what_sample_draws(offline, pair
         theirs = np.asarray(pipe("a <v> corgi", **call).images[0]).astype(int)
         ours = np.asarray(Image.open(next(Path(role).glob("a-v-corgi*seed0.png")))).astype(int)
         assert np.abs(ours - theirs).max() <= 1 < np.abs(plain - theirs).max(), role
+
+
+def test_another_scheduler_is_replaced_in_our_pictures_and_in_the_lines_of_the_card(offline, pair_folders, concept, tmp_path):
+    """Stable Diffusion 1.5 comes with PNDM, and some fine-tunes do not say clip_sample."""
+    folder, own = Path(shutil.copytree(pair_folders, tmp_path / "pair")), {k: v for k, v in hub.SD21_SCHEDULER.items() if k != "clip_sample"}
+    hub.write_json(folder / "teacher/scheduler/scheduler_config.json", own | {"_class_name": "PNDMScheduler"})
+    hub.write_json(folder / "teacher/model_index.json", json.loads((folder / "teacher/model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]})
+    hub.write_json(folder / "student/scheduler/scheduler_config.json", hub.TURBO_SCHEDULER | {"timestep_spacing": "leading"})
+    run = train("--base", "sd-turbo", "--teacher", folder / "teacher", "--student", folder / "student", *SHORT, "--echo_steps", 0)
+    for part, line in ((run / "teacher", "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"),
+                       (run, 'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")')):
+        code = re.search(r"```python\n(.*?)```", (part / "README.md").read_text(encoding="utf-8"), re.S)[1]
+        assert line in code
+        code, drawn = code.replace("safety_checker=None", 'safety_checker=None, variant="fp16", dtype=torch.float32'), []
+        for lines in (code, code.replace(line, "")):
+            exec(lines, {})
+            drawn.append(np.asarray(Image.open("picture.png")).astype(int))
+        ours = np.asarray(Image.open(next((part / "samples").glob("*-seed0.png")))).astype(int)
+        assert np.abs(drawn[0] - ours).max() <= 2 < np.abs(drawn[1] - ours).max(), part

@@ -13,6 +13,7 @@ from PIL import Image
 import sample
 from conftest import ROOT, exit_of, train
 from data.base import load_pair, load_tokenizer, unknown_words
+from data.images import add_png
 from data.run import load_run
 from model import draw
 
@@ -107,13 +108,34 @@ def test_compare_shows_photos_untouched_student_and_teacher_in_one_grid(run, cap
 @pytest.mark.parametrize("argv, named", [
     (["--prompt_file", "gone.txt"], "--prompt_file gone.txt"), (["--prompt_file", "empty.txt"], "empty.txt holds no prompt"),
     (["--prompt_file", "dog.png"], "--prompt_file dog.png"), (["--prompt", "a", "--live"], "--live"), (["--prompt", "a", " "], "--prompt is empty"),
-    (["--base", "emoji", "--compare", "--prompt", "a"], "--run"), (["--base", "nonesuch", "--prompt", "a"], "--base nonesuch")], ids=str)
+    (["--base", "emoji", "--live", "--teacher"], "--teacher does nothing beside --live"), (["--base", "emoji", "--compare", "--prompt", "a"], "--run"), (["--base", "nonesuch", "--prompt", "a"], "--base nonesuch")], ids=str)
 def test_prompts_that_cannot_be_read_are_refused_in_one_sentence(argv, named, capsys, monkeypatch):
     monkeypatch.setattr(sample, "load_pair", lambda *a, **k: pytest.fail("a model was loaded first"))
     Path("empty.txt").write_text("\n \n")
     shutil.copy(ROOT / "data/dog/00.png", "dog.png")
     code, said = exit_of(sample.main, argv, capsys)
     assert code == 2 and named in said
+
+
+def test_a_stop_keeps_the_pictures_that_are_drawn(monkeypatch):
+    calls = []
+
+    def interrupted(pair, prompt, seeds, *more):
+        calls.append(list(seeds))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(pair, prompt, seeds, *more)
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--base", "emoji", "--prompt", "a dog", "--num_images", "11"])
+    assert calls == [[*range(8)], [8, 9, 10]] and len(list(Path("out/base-emoji/samples").glob("a-dog-seed*.png"))) == 8
+
+
+def test_a_grid_too_large_for_pillow_to_open_again_gets_another_name(monkeypatch):
+    for color in ("red", "blue"):
+        add_png(Image.new("RGB", (40, 40), color), Path("grid.png"), {})
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert Path("grid.png").is_file() and Path("grid-2.png").is_file()
 
 
 def test_only_a_small_vocabulary_is_said_to_lack_a_word():

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
@@ -15,7 +17,7 @@ import sample as sample_script
 import train as train_script
 from conftest import ROOT, exit_of, other_precision, train
 from data.benchmark import full_size
-from data.base import load_tokenizer, fetch, find_base, load_encoders, load_pair
+from data.base import fetch, find_base, free_memory, load_encoders, load_pair, load_tokenizer
 
 UNET = dict(full_size.UNET, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], cross_attention_dim=32)
@@ -111,9 +113,7 @@ def test_sampling_a_real_style_run_works_with_either_decoder(bases, concept):
 
 
 def test_a_plain_diffusers_pipeline_draws_what_sample_draws(bases, concept):
-    import numpy as np
     from diffusers import StableDiffusionPipeline
-    from PIL import Image
     run = train("--base", bases["sd2"], *SHORT, "--echo_steps", 0, "--student_lr", .01)
     sample_script.main(["--prompt", "a <v> dog", "--num_images", "1", "--run", str(run), "--base", str(bases["sd2"])])
     pair = load_pair(bases["sd2"], "<unused>", "dog")
@@ -345,7 +345,8 @@ def response(code):
 @pytest.mark.parametrize("error, said", [
     (errors.RepositoryNotFoundError("x", response=response(404)), "mirror"), (errors.GatedRepoError("x", response=response(403)), "hf auth login"),
     (errors.LocalEntryNotFoundError("x"), "cannot be reached"), (errors.RevisionNotFoundError("x", response=response(404)), "revision"),
-    (errors.HFValidationError("x"), "no name of"), (errors.RemoteEntryNotFoundError("x", response=response(404)), "holds no"),
+    (errors.HFValidationError("x"), "neither a folder"), (type("ReadError", (Exception,), {})("reset by peer"), "run the same command again"),
+    (errors.RemoteEntryNotFoundError("x", response=response(404)), "holds no"),
     (errors.HfHubHTTPError("503 Service Unavailable", response=response(503)), "503")], ids=lambda v: type(v).__name__)
 def test_trouble_with_the_hub_is_one_sentence(error, said, concept, monkeypatch, capsys):
     def broken(*args, **kwargs):
@@ -366,6 +367,41 @@ def test_too_little_memory_is_said_before_loading(bases, concept, monkeypatch, c
     monkeypatch.setattr("data.base.free_memory", lambda device: 1000)
     code, line = exit_of(train_script.main, ["--concept", "dog", "--base", bases["sd2"]], capsys)
     assert code == 2 and re.search(r"take [\d.]+ GB.* has 0.0 GB free", line)
+
+
+def test_what_an_earlier_run_left_on_a_gpu_does_not_count_as_taken(monkeypatch):
+    held = [8]
+    monkeypatch.setattr("torch.cuda.empty_cache", held.clear)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (24 - sum(held), 24))
+    assert free_memory("cuda") == 24
+
+
+def test_a_folder_is_trained_as_its_autoencoder_or_its_base_json_says(base, concept, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "load_pair", lambda *a: pytest.fail("a model was loaded first"))
+    (base / "base.json").unlink()
+    found, embedded = find_base(base), find_base(ROOT / "data/emoji/base")
+    assert (found.recipe.parent.name, found.prompts) == ("sd-turbo", "photo") and (embedded.recipe.parent.name, embedded.prompts) == ("emoji", "emoji")
+    for text, said in (("{", "base.json is damaged"), ("[1]", "base.json is no table"), ('{"teachers": "a"}', "base.json is no table"),
+                       ('{"recipe": "sdxl"}', "recipe is 'sdxl'")):
+        (base / "base.json").write_text(text)
+        code, line = exit_of(train_script.main, ["--concept", "dog", "--base", base], capsys)
+        assert code == 2 and said in line
+    (base / "base.json").write_text('{"recipe": "hyper-sd15"}')
+    assert (find_base(base).recipe.parent.name, find_base(base).prompts) == ("hyper-sd15", "photo")
+    shutil.rmtree(base / "encoders/dino")
+    code, line = exit_of(train_script.main, ["--concept", "dog", "--base", base], capsys)
+    assert code == 2 and "encoders/dino is neither a folder here" in line
+
+
+def test_large_pictures_are_decoded_a_few_at_a_time_unless_gradients_pass(bases, monkeypatch):
+    pair, seen = load_pair(bases["sd2"], "<v>", "dog"), []
+    decode, z = pair.vae.decode, torch.randn(5, *pair.latent_shape)
+    monkeypatch.setattr(pair.vae, "decode", lambda z: seen.append(len(z)) or decode(z))
+    whole = pair.decode(z)
+    pair.resolution = 512
+    with torch.no_grad():
+        parts = pair.decode(z)
+    assert seen == [5, 2, 2, 1] and torch.allclose(whole, parts, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags, named", [(("--resolution", "40"), "--resolution"), (("--dinov2_size", "100"), "--dinov2_size"),
