@@ -70,6 +70,8 @@ def refuse_contradictions(args):
         fail(f"--echo_steps times --echo_rounds is more than {LENGTH}; take fewer")
     if args.echo_real_only and not args.echo_steps:
         fail("--echo_real_only is the control of an echo stage, which --echo_steps 0 switches off; leave one of them out")
+    if args.prior_weight and not args.denoising_weight:
+        fail("--prior_weight is a part of the student's own denoising loss, which --denoising_weight 0 switches off; raise that, too")
     if args.report_to == "tensorboard" and not find_spec("tensorboard"):
         fail("--report_to tensorboard needs a package that is not installed; pip install tensorboard")
     if args.teacher_lr == args.student_lr == args.token_lr == 0:
@@ -152,6 +154,7 @@ def build(args, device, **loading):
     m.critics_look = list(heads) if args.critic_views else []  # at windows of the photos, not at the photos of a batch
     m.known = None if args.size_augmentation else study(m, m.photos.photos, [k for k in heads if k not in m.critics_look])
     m.views = study_windows(m, args) if m.critics_look else None
+    m.prior = draw_class(m, args) if args.prior_weight else None
     m.optimizers = make_optimizers(m, args)
     m.state = {"teacher": moved["teacher"], "student": moved["student"], "token": rows, "echo": m.echo, **heads,
                **{f"optimizer.{k}": o for k, o in m.optimizers.items()}}
@@ -179,7 +182,7 @@ def make_optimizers(m, args):
 def study(m, images, critics):
     """What the frozen networks say of images (N, 3, H, W): latents "z", their "spread", and features for each of `critics`."""
     parts = []
-    for x in images.to(m.device).split(8):
+    for x in images.to(m.device).split(min(8, m.pair.at_once)):
         with m.autocast():
             z, spread = m.pair.encode(x, spread=True)
         # with a tiny decoder photos go through it too, or critics could tell them by their decoder
@@ -193,6 +196,15 @@ def study_windows(m, args):
     g = torch.Generator().manual_seed(args.seed + 2)
     parts = [study(m, m.photos.zooms(i, args.critic_views, g), m.heads) for i in range(len(m.photos.photos))]
     return {k: torch.stack([part[k] for part in parts]) for k in m.heads}
+
+
+@torch.no_grad()
+def draw_class(m, args):
+    """Latents "z" (N, C, h, w) and prompts of what the untouched student draws of the class, four of each template and scene."""
+    prompts = [t.replace("{}", args.class_word) for t in m.prompts["templates"] + m.prompts["scenes"]] * 4
+    noise = torch.randn(len(prompts), *m.pair.latent_shape, generator=torch.Generator().manual_seed(args.seed + 3)).to(m.device)
+    parts = [m.pair.student.one_step(noise[i:i + 4], m.pair.text(prompts[i:i + 4])) for i in range(0, len(prompts), 4)]
+    return SimpleNamespace(z=torch.cat(parts), prompts=prompts)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,6 +335,13 @@ def iteration(m, args, turn, step):
             out = pair.student(pair.student.add_noise(photos.z, eps, t), t, pair.student_text(photos.prompts))
         terms["denoising"] = losses.reconstruction(out, pair.student.target(photos.z, eps, t), photos.mask)
         (m.scale * args.denoising_weight * terms["denoising"]).backward()
+        if m.prior:
+            pick = torch.randint(len(m.prior.prompts), (n,), generator=apart(args, step, 4))
+            z, prompts = m.prior.z[pick], [m.prior.prompts[i] for i in pick.tolist()]
+            with m.autocast():
+                out = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(prompts))
+            terms["prior"] = losses.reconstruction(out, pair.student.target(z, eps, t))
+            (m.scale * args.denoising_weight * args.prior_weight * terms["prior"]).backward()
 
     if m.draws and turn.who != "teacher":
         # ---- 2. student: one step from pure noise

@@ -87,6 +87,7 @@ KEYS = {
     "detach_prompt": (bool, None, "keep student losses away from the token"),
     "raw_images": (bool, None, "images in [-1, 1] go into encoders and the Wasserstein term as they are, as the release did"),
     "denoising_weight": (float, ANY, "student's own denoising loss on the photos, as baselines train; moves the token too"),
+    "prior_weight": (float, ANY, "in that loss, of what the untouched student draws of the class (DreamBooth's prior preservation)"),
     "sequential": (bool, None, "all iterations for the teacher alone, then as many for the student"),
     "share_text": (bool, None, "off: the student learns a token of its own by its own losses"),
     "scene_prompts": (float, SHARE, "share of the student's prompts that are scenes"),

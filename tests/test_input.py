@@ -147,6 +147,7 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         ("resume_from_checkpoint", "dog"))],
     # flags of train that contradict each other
     (None, train, D + ["--echo_real_only", "--echo_steps", 0], "--echo_real_only"),
+    (None, train, D + ["--prior_weight", 1], "--denoising_weight 0"),
     (None, train, D + ["--echo_rounds", 1000, "--echo_steps", 10 ** 6], "--echo_rounds"), (None, train, D + ["--echo_rounds", 10 ** 11], "--echo_rounds"),
     (None, train, D + ["--mask_erosion", 10 ** 11], "--mask_erosion"), (None, train, D + ["--critic_views", 10 ** 11], "--critic_views"),
     (None, train, D + ["--teacher_lr", 0, "--student_lr", 0, "--token_lr", 0], "--teacher_lr"),

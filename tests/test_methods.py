@@ -1,4 +1,5 @@
 """Baselines and ablations are what their names say. Run: python -m pytest tests/test_methods.py"""
+import json
 import shlex
 
 import pytest
@@ -44,6 +45,21 @@ def test_custom_diffusion_moves_the_students_keys_and_values_and_the_token(conce
     run = train(*recipe("custom_diffusion"))
     assert moved(run) == set(trainable_parameters(load_pair("emoji", "<v>", "dog").student.unet, "kv"))
     assert not moved(run, "teacher") and token_moved(run)
+
+
+def test_the_prior_is_what_the_untouched_student_draws_of_the_class(concept, monkeypatch):
+    taught, draw_class = [], script.draw_class
+    monkeypatch.setattr(script, "draw_class", lambda m, args: taught.append(draw_class(m, args)) or taught[0])
+    plain = load_file(train(*recipe("dreambooth"), "--seed", 0) / "unet_delta.safetensors")
+    assert not taught
+    run = train(*recipe("dreambooth_prior"), "--seed", 0)
+    assert all({"denoising", "prior"} <= row.keys() for row in json.loads((run / "log.json").read_text()))
+    assert any(not torch.equal(v, plain[k]) for k, v in load_file(run / "unet_delta.safetensors").items()) and not moved(run, "teacher")
+    pair, noise = load_pair("emoji", "<v>", "dog"), torch.randn(len(taught[0].z), 24, 8, 8, generator=torch.Generator().manual_seed(3))
+    prompts = taught[0].prompts
+    assert {"a dog", "a dog in space"} < set(prompts) and "<v>" not in " ".join(prompts)
+    with torch.no_grad():
+        torch.testing.assert_close(taught[0].z[4:8], pair.student.one_step(noise[4:8], pair.text(prompts[4:8])))
 
 
 def test_lora_changes_attention_weights_by_at_most_its_rank(concept):
