@@ -9,17 +9,18 @@ Scores, all means (paper, Sec. 4):
 CLIP-T     cosine of picture and prompt without the token
 CLIP-I     cosine over all pairs of pictures and photos, by the contrastive encoder
 DINO       the same by the instance-discriminating encoder
-identity   DINO over the prompts that leave the subject as it is: DINO over all also rewards a model that will
-           not draw "a red dog" red
+identity   DINO over the prompts that ask for no other colour and not for a small one: DINO over all also rewards a model that
+           will not draw "a red dog" red (as both reward one that leaves out the hat of "a dog next to a hat", which obeyed counts)
 drift      1 - cosine of one-step pictures of unrelated prompts, before and after, same noise
 diversity  1 - cosine between seeds of one prompt
 In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks; and
 neighbour  whether the naming judge finds the second object that a prompt asks for
-edges      edge energy in units of the world's own pictures of the same: below 1 is soft, above it grainy
-KID        kernel inception distance of 8 x 8-pixel cells, in the naming judge, from the world's own pictures: high where a
-           picture is torn or a mosaic, whatever it shows
+edges      edge energy in units of the world's own pictures of the subject: below 1 is soft, above it grainy
+KID        kernel inception distance of 8 x 8-pixel cells, in the naming judge, from the world's own pictures of the subject:
+           high where a picture is torn or a mosaic, and where it shows another individual
 obeyed     mean of place, count, neighbour and colour
 all three  geometric mean of identity, obeyed and min(edges, 1 / edges) / (1 + KID / 100): none makes up for another
+For one run, whose subject the world does not know, edges and KID are against any of its scenes, so only the run's own rows compare.
 Untouched models read the prompt without the token. data/benchmark/README.md holds the benchmark's tables.
 """
 import argparse
@@ -402,8 +403,8 @@ def parser():
     g.add_argument("--method", action="append", default=[], metavar="NAME=FLAGS",
                    help="a further method by its train.py flags; repeatable")
     g.add_argument("--seeds", default="0,1,2", help="of the trainings")
-    g.add_argument("--own_seeds", action="store_true",
-                   help="seed s of subject k becomes 100 (s + 1) + k: a seed's noise then moves one subject, not all alike")
+    g.add_argument("--own_seeds", action=argparse.BooleanOptionalAction, default=True,
+                   help="seed s of subject k becomes 100 (s + 1) + k (tuning: + 50): a seed's noise then moves one subject, not all alike")
     g.add_argument("--train_flags", default="", help="flags for every training, such as '--base sd-turbo'")
     g.add_argument("--tuning", action="store_true",
                    help="emoji: the subjects that settings may be chosen on, not the 30 that count")

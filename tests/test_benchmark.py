@@ -108,7 +108,7 @@ def refused(capsys, *flags, scorer=NoScorer):
 
 
 def finished(flags, **more):
-    write_results(Path("bench"), [line("slow", "cat face", 0, .5, flags, num_seeds=4, train_flags="", **more)])
+    write_results(Path("bench"), [line("slow", "cat face", 100, .5, flags, num_seeds=4, train_flags="", **more)])
 
 
 def test_a_finished_job_stands_for_one_whose_flags_mean_the_same(capsys):
@@ -130,7 +130,7 @@ def test_a_recipe_that_changed_after_a_job_was_done_is_noticed(capsys):
     assert code == 2 and "identity_weight 0.9, not 0.3" in message
 
 
-def test_with_own_seeds_no_two_subjects_share_one():
+def test_no_two_subjects_share_a_seed_unless_it_is_asked():
     methods = {"plain": {"flags": None, "subjects": 9}, "few": {"flags": "", "subjects": 2}, "all": {"flags": "", "subjects": 9}}
 
     def seeds(*flags):
@@ -138,14 +138,15 @@ def test_with_own_seeds_no_two_subjects_share_one():
         jobs = run.list_jobs(args, methods, ["cat", "dog", "owl"])
         assert len(jobs) == len(set(jobs)) == 3 + 2 * 2 + 2 * 3
         return {name: [(s, seed) for m, s, seed in jobs if m == name] for name in methods}
-    assert seeds()["few"] == [("cat", 0), ("dog", 0), ("cat", 1), ("dog", 1)]
-    own = seeds("--own_seeds")
+    assert seeds("--no-own_seeds")["few"] == [("cat", 0), ("dog", 0), ("cat", 1), ("dog", 1)]
+    own = seeds()
     assert own["all"] == [("cat", 100), ("dog", 101), ("owl", 102), ("cat", 200), ("dog", 201), ("owl", 202)]
+    assert [seed for _, seed in seeds("--tuning")["few"]] == [150, 151, 250, 251]
     assert own["few"] == [("cat", 100), ("dog", 101), ("cat", 200), ("dog", 201)] and {seed for _, seed in own["plain"]} == {0}
 
 
 def test_a_kept_run_of_another_recipe_is_not_taken_for_this_one(concept, capsys):
-    kept = Path("bench/runs/slow/cat_face-0")
+    kept = Path("bench/runs/slow/cat_face-100")
     kept.mkdir(parents=True)
     (kept / "config.json").write_text(json.dumps({"flags": {"student_lr": .5}}))
     code, message = refused(capsys, "--method", "slow=--student_lr .001")
@@ -180,8 +181,8 @@ def test_a_training_that_stops_inside_a_job_says_why_on_the_terminal(monkeypatch
         fail("the student's loss is not finite at step 2; lower --student_lr")
     monkeypatch.setattr(script, "train", stop)
     code, message = refused(capsys, "--method", "wild=--student_lr 1")
-    assert code == 2 and "wild, cat face, seed 0" in message and "not finite at step 2; lower --student_lr" in message
-    log = Path("bench/runs/wild/cat_face-0/train.txt")
+    assert code == 2 and "wild, cat face, seed 100" in message and "not finite at step 2; lower --student_lr" in message
+    log = Path("bench/runs/wild/cat_face-100/train.txt")
     assert str(log) in message and "step 1" in log.read_text() and not list(Path("bench").glob("jobs/*/*"))
 
 
@@ -327,10 +328,15 @@ def test_a_curve_shows_each_value_of_each_line_and_falls_where_the_scores_fall()
 
 
 def test_a_curves_intervals_leave_out_what_sets_subjects_apart_and_subjects_that_a_point_lacks():
-    score = {"a": .1, "b": .5, "c": .9}
-    rows = {(f"echo {v}", s, 0): {"scores": {curve.MODELS[0]: {"identity": score[s] + v}}} for v in (0, .1) for s in "abc" if (v, s) != (0, "c")}
-    (_, mean, low, high), (_, after, *_) = curve.points(rows, ["echo"], (0, .1, .2), curve.MODELS[0], "identity")["echo"]
-    assert (mean, low, high, after) == pytest.approx((.3, .3, .3, .4))
+    score, gain = dict(zip("abcdefg", (.1, .5, .9, .2, .3, .4, .8))), dict(zip("abcdef", (.10, .12, .08, .11, .09, .16)))
+    rows = {(f"echo {v}", s, 0): {"scores": {curve.MODELS[0]: {"identity": score[s] + v * gain.get(s, 0)}}}
+            for v in (0, 1) for s in score if (v, s) != (0, "g")}
+    drawn = curve.points(rows, ["echo"], (0, 1, 2), curve.MODELS[0], "identity")["echo"]
+    mean, half = np.mean([score[s] for s in gain]), np.array(list(gain.values())) / 2
+    around = report.interval((half - half.mean()) * 2 ** .5)  # of two points each subject's own mean takes half of the variance
+    assert drawn[0][:2] == (0, pytest.approx(mean)) and drawn[1] == pytest.approx((1, mean + .11, *(mean + .11 + v for v in around)))
+    few = curve.points({k: v for k, v in rows.items() if k[1] in "abc"}, ["echo"], (0, 1), curve.MODELS[0], "identity")["echo"]
+    assert all(point[1:] == pytest.approx((point[1],) * 3) for point in few), "too few subjects for an interval"
 
 
 # -- the page ---------------------------------------------------------------------------------------------------

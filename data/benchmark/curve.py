@@ -6,10 +6,12 @@
     python data/benchmark/curve.py weight         # of the echo: above 0 the teacher learns from it, below 0 away from it
 
 It is evaluate.py's benchmark with a method for each point, so it may be stopped and goes on. --output_dir (default: out/NAME) holds
-results.jsonl and NAME.png: student solid and teacher hollow, the means over subjects with 95 % bootstrap intervals of what the
-setting changes: each subject's own mean over the figure's points is taken out first (Cousineau 2005), for subjects differ more than settings do.
+results.jsonl and NAME.png: student solid and teacher hollow, the means over subjects, from six on with 95 % bootstrap intervals of what
+the setting changes: each subject's own mean over the figure's points is taken out first (Cousineau 2005, Morey 2008), for subjects
+differ more than settings do.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from data.benchmark.report import by_subject, interval, read_results
+from data.benchmark.report import FEWEST, by_subject, interval, read_results
 from data.disk import fail
 from data.images import save_png
 
@@ -43,8 +45,10 @@ def points(results, lines, values, model, score):
     rows = {line: [] for line in lines}
     if subjects:
         table = np.array([[v[s] for s in subjects] for v in found.values()])  # (points, subjects)
-        for (line, i), row in zip(found, table - table.mean(0) + table.mean()):
-            rows[line].append((i, float(row.mean()), *interval(row)))
+        widen = math.sqrt(len(table) / (len(table) - 1)) if len(table) > 1 else 1
+        for (line, i), row, apart in zip(found, table, (table - table.mean(0)) * widen):
+            around = interval(apart - apart.mean()) if len(subjects) >= FEWEST else (0, 0)
+            rows[line].append((i, float(row.mean()), *(row.mean() + v for v in around)))
     return rows
 
 
@@ -99,7 +103,7 @@ def main(argv=None):
         import evaluate
         flag, values, lines = CURVES[args.name]
         methods = [f"--method={line} {value}={more} --{flag} {value}" for line, more in lines.items() for value in values]
-        evaluate.main(["--benchmark", "emoji", "--tuning", "--subjects", str(args.subjects), "--seeds", args.seeds,
+        evaluate.main(["--benchmark", "emoji", "--tuning", "--subjects", str(args.subjects), "--seeds", args.seeds, "--no-own_seeds",
                        "--output_dir", str(folder), *methods])
     results, _ = read_results(folder)
     save_png(figure(results, args.name), folder / f"{args.name}.png")

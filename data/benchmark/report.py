@@ -336,8 +336,16 @@ def contact(folder, lines, path, side=128):
         write_atomically(path, lambda p: sheet.save(p, "WEBP", quality=85))
 
 
+def first_seeds(results):
+    """{(method, subject): its line of the lowest training seed}."""
+    first = {}
+    for (method, subject, _), line in sorted(results.items(), key=lambda item: item[0][2]):
+        first.setdefault((method, subject), line)
+    return first
+
+
 def gallery(folder, lines):
-    """The photos of each subject beside the pictures of each method, as HTML; `lines` are of one seed."""
+    """The photos of each subject beside the pictures of each method, as HTML; `lines`: one of each."""
     sections = []
     for subject in dict.fromkeys(line["subject"] for line in lines):
         figures = "".join(
@@ -373,10 +381,7 @@ def page(folder, results, reference, shown):
     drawn = {k[1] for k in results if (folder / "pictures" / f"{file_name(k)}.png").is_file()}
     picked = [s for s in subjects if s in drawn][:shown]
     rank = {m: i for i, m in enumerate(dict.fromkeys(m for m, _ in row_names(results)))}
-    first = {}  # of each method and subject, the first seed
-    for line in sorted(lines, key=lambda v: (rank[v["method"]], v["seed"])):
-        if line["subject"] in picked:
-            first.setdefault((line["method"], line["subject"]), line)
+    first = [line for (_, subject), line in sorted(first_seeds(results).items(), key=lambda found: rank[found[0][0]]) if subject in picked]
     seeds = sorted({line.get("num_seeds") for line in lines} - {None})
     trained = sorted({line["seed"] for line in lines if line["flags"] is not None})
     facts = [f"judges: {', '.join(sorted({line['judges'] for line in lines}))}", f"{len(subjects)} subjects",
@@ -386,7 +391,7 @@ def page(folder, results, reference, shown):
                      for s, why in COMPARED.items() if (svg := forest(results, reference, s)))
     values = {"FACTS": html.escape(" · ".join(facts)), "REFERENCE": html.escape(reference), "PANELS": panels,
               "PROMPTS": html.escape(", ".join(spec["prompts"]["object"][:8]).replace("{}", "…")),
-              "GALLERY": gallery(folder, list(first.values())), "SCORES": html_table(*score_table(results)),
+              "GALLERY": gallery(folder, first), "SCORES": html_table(*score_table(results)),
               "DIFFERENCES": html_table(*difference_table(results, reference)), "FEWEST": str(FEWEST),
               "SETTINGS": html_table(*settings_table(results))}
     return fill((HERE / "page.html").read_text(encoding="utf-8"), values)
@@ -415,9 +420,7 @@ def write(folder, reference, shown=6):
             + "".join(f"- {plain(cell(m))}: `python train.py --concept SUBJECT --seed SEED {code(flags)}`\n"
                       for m, flags in trained.items()))
     save_text(folder / "table.md", text)
-    seed = next(iter(results))[2]
-    lines = [line for (method, _, s), line in results.items() if method == reference and s == seed]
-    contact(folder, lines, folder / "pictures.webp")
+    contact(folder, [line for (method, _), line in sorted(first_seeds(results).items()) if method == reference], folder / "pictures.webp")
     whole = page(folder, results, reference, shown)
     save_text(folder / "report.html", whole)
     print(text)
