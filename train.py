@@ -331,16 +331,11 @@ def iteration(m, args, turn, step):
         # not in the echo stage: what the teacher learns from the student would push the student further the same way
         step_teacher(m, args.carry and turn.stage == "joint")
     if args.denoising_weight and turn.who != "teacher":  # baselines only: the one-step student under the ordinary diffusion loss
-        with m.autocast():
-            out = pair.student(pair.student.add_noise(photos.z, eps, t), t, pair.student_text(photos.prompts))
-        terms["denoising"] = losses.reconstruction(out, pair.student.target(photos.z, eps, t), photos.mask)
+        terms["denoising"] = denoising_loss(m, photos.z, eps, t, photos.prompts, photos.mask)
         (m.scale * args.denoising_weight * terms["denoising"]).backward()
         if m.prior:
             pick = torch.randint(len(m.prior.prompts), (n,), generator=apart(args, step, 4))
-            z, prompts = m.prior.z[pick], [m.prior.prompts[i] for i in pick.tolist()]
-            with m.autocast():
-                out = pair.student(pair.student.add_noise(z, eps, t), t, pair.student_text(prompts))
-            terms["prior"] = losses.reconstruction(out, pair.student.target(z, eps, t))
+            terms["prior"] = denoising_loss(m, m.prior.z[pick], eps, t, [m.prior.prompts[i] for i in pick.tolist()])
             (m.scale * args.denoising_weight * args.prior_weight * terms["prior"]).backward()
 
     if m.draws and turn.who != "teacher":
@@ -381,6 +376,14 @@ def iteration(m, args, turn, step):
         m.optimizers["critic"].step()
         duel = {k: (pull[k], losses.critic_accuracy(*v, judged)) for k, v in logits.items()} if comparable else {}
     return terms, norms, duel
+
+
+def denoising_loss(m, z, eps, t, prompts, mask=None):
+    """The ordinary diffusion loss of the one-step student on latents z, as the baselines train it."""
+    student = m.pair.student
+    with m.autocast():
+        out = student(student.add_noise(z, eps, t), t, m.pair.student_text(prompts))
+    return losses.reconstruction(out, student.target(z, eps, t), mask)
 
 
 @torch.no_grad()

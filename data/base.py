@@ -353,7 +353,8 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     flags: a run's, of which teacher, student, resolution, tiny_vae, train_unet, start_word and mixed_precision are read. dtype: of frozen
     weights. random: see `load_part`. roles: whose networks are loaded; drawing needs one.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+    import diffusers
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPTextModel
     from transformers.utils import logging
@@ -374,10 +375,10 @@ def load_pair(base, token, class_word, device="cpu", flags=None, dtype=None, ran
     vae = load(kinds[read_config(base.teacher, "vae")["_class_name"]], base.teacher, "vae")
     tiny = load(AutoencoderTiny, base.tiny_vae, "") if flags.get("tiny_vae") else None
     denoisers = {}
-    for role, scheduler in (("teacher", DDIMScheduler), ("student", EulerDiscreteScheduler)):
+    for role, (scheduler, fixed) in SCHEDULERS.items():
         source = getattr(base, role)
         folder = fetch(source, "scheduler/scheduler_config.json").parent
-        denoisers[role] = Denoiser(load(UNet2DConditionModel, source, "unet"), scheduler.from_pretrained(folder, **SCHEDULERS[role][1])) if role in roles else None
+        denoisers[role] = Denoiser(load(UNet2DConditionModel, source, "unet"), getattr(diffusers, scheduler).from_pretrained(folder, **fixed)) if role in roles else None
     if base.student_lora and denoisers["student"]:
         path = fetch_file(base.student_lora)
         try:

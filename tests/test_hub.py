@@ -1,6 +1,5 @@
 """The real pair with the files that its repositories really hold (tests/hub.py). python -m pytest tests/test_hub.py"""
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import train as train_script
 from conftest import exit_of, train
 from data.base import fetch, find_base, load_pair, load_tokenizer
 from data.benchmark import full_size
+from test_export import card_code
 from test_sd import SMALL, write_weights
 
 SHORT = ("--class_word", "corgi", "--max_train_steps", 2, "--echo_steps", 1, "--echo_samples", 4, "--dinov2_size", 42, "--mixed_precision", "no")
@@ -245,7 +245,7 @@ def test_another_scheduler_is_replaced_in_our_pictures_and_in_the_lines_of_the_c
     run = train("--base", "sd-turbo", "--teacher", folder / "teacher", "--student", folder / "student", *SHORT, "--echo_steps", 0)
     for part, line in ((run / "teacher", "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"),
                        (run, 'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")')):
-        code = re.search(r"```python\n(.*?)```", (part / "README.md").read_text(encoding="utf-8"), re.S)[1]
+        code = card_code(part)
         assert line in code
         code, drawn = code.replace("safety_checker=None", 'safety_checker=None, variant="fp16", dtype=torch.float32'), []
         for lines in (code, code.replace(line, "")):
