@@ -402,9 +402,8 @@ def parser():
     g.add_argument("--methods", help="comma-separated names of data/benchmark/methods.json; default: all")
     g.add_argument("--method", action="append", default=[], metavar="NAME=FLAGS",
                    help="a further method by its train.py flags; repeatable")
-    g.add_argument("--seeds", default="0,1,2", help="of the trainings")
-    g.add_argument("--own_seeds", action=argparse.BooleanOptionalAction, default=True,
-                   help="seed s of subject k becomes 100 (s + 1) + k (tuning: + 50): a seed's noise then moves one subject, not all alike")
+    g.add_argument("--seeds", default="0,1,2",
+                   help="of the trainings; seed s of subject k is 100 (s + 1) + k (tuning: + 50), so that its noise moves one subject, not all alike")
     g.add_argument("--train_flags", default="", help="flags for every training, such as '--base sd-turbo'")
     g.add_argument("--tuning", action="store_true",
                    help="emoji: the subjects that settings may be chosen on, not the 30 that count")

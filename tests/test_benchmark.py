@@ -129,7 +129,7 @@ def test_a_recipe_that_changed_after_a_job_was_done_is_noticed(capsys):
     assert code == 2 and "identity_weight 0.9, not 0.3" in message
 
 
-def test_no_two_subjects_share_a_seed_unless_it_is_asked():
+def test_no_two_subjects_share_a_seed():
     methods = {"plain": {"flags": None, "subjects": 9}, "few": {"flags": "", "subjects": 2}, "all": {"flags": "", "subjects": 9}}
 
     def seeds(*flags):
@@ -137,7 +137,6 @@ def test_no_two_subjects_share_a_seed_unless_it_is_asked():
         jobs = run.list_jobs(args, methods, ["cat", "dog", "owl"])
         assert len(jobs) == len(set(jobs)) == 3 + 2 * 2 + 2 * 3
         return {name: [(s, seed) for m, s, seed in jobs if m == name] for name in methods}
-    assert seeds("--no-own_seeds")["few"] == [("cat", 0), ("dog", 0), ("cat", 1), ("dog", 1)]
     own = seeds()
     assert own["all"] == [("cat", 100), ("dog", 101), ("owl", 102), ("cat", 200), ("dog", 201), ("owl", 202)]
     assert [seed for _, seed in seeds("--tuning")["few"]] == [150, 151, 250, 251]

@@ -1,6 +1,6 @@
 """How likeness and obedience change with one setting: train along it on the tuning subjects, and draw the figure.
 
-    python data/benchmark/curve.py iterations     # updates of each network: both together against teacher first, then student
+    python data/benchmark/curve.py iterations     # updates of each network: both together, with carry and without, against teacher first
     python data/benchmark/curve.py noise          # the lowest noise level that alignment targets start from
     python data/benchmark/curve.py selection      # the share of samples that an echo keeps
     python data/benchmark/curve.py weight         # of the echo: above 0 the teacher learns from it, below 0 away from it
@@ -26,7 +26,8 @@ from data.images import save_png
 
 CURVES = {  # name: (flag of train.py, its values, {line: further flags})
     "iterations": ("max_train_steps", (10, 20, 40, 70, 100),
-                   {"together": "--echo_steps 0", "teacher first": f"--recipe {ROOT / 'data/benchmark/emoji/sequential.toml'}"}),
+                   {"together": "--echo_steps 0", "together without carry": "--echo_steps 0 --no-carry",
+                    "teacher first": f"--recipe {ROOT / 'data/benchmark/emoji/sequential.toml'}"}),
     "noise": ("target_noise", (0, .15, .3, .45, .6, .75), {"together": "--echo_steps 0"}),
     "selection": ("echo_keep", (.05, .1, .25, .5, 1), {"echo": ""}),
     "weight": ("echo_weight", (-.35, -.2, -.1, 0, .3, 1), {"echo": ""}),
@@ -34,7 +35,7 @@ CURVES = {  # name: (flag of train.py, its values, {line: further flags})
 SCORES = {"identity": "likeness to the photos (identity)", "obeyed": "prompts obeyed (place, number, neighbour, colour)",
           "all three": "identity, obeyed and drawing: all three"}
 MODELS = ["student, 1 step", "teacher, 16 steps"]
-INKS = [(200, 60, 40), (40, 90, 200)]
+INKS = [(200, 60, 40), (230, 150, 0), (40, 90, 200)]
 
 
 def points(results, lines, values, model, score):
@@ -52,7 +53,7 @@ def points(results, lines, values, model, score):
     return rows
 
 
-def figure(results, name, size=(520, 300)):
+def figure(results, name, size=(520, 316)):
     """The picture of one of CURVES; values stand at equal distances."""
     flag, values, lines = CURVES[name]
     w, h = size
@@ -65,7 +66,7 @@ def figure(results, name, size=(520, 300)):
         if not every:
             fail(f"no result has {score}; run the curve {name!r} without --report first")
         low, high = min(every), max(every) if max(every) > min(every) else min(every) + .1
-        left, top, right, bottom = panel * w + 50, 30, (panel + 1) * w - 20, h - 60
+        left, top, right, bottom = panel * w + 50, 30, (panel + 1) * w - 20, h - 76
 
         def place(i, value):
             return left + 20 + i * (right - left - 40) / max(len(values) - 1, 1), bottom - 10 - (value - low) / (high - low) * (bottom - top - 20)
@@ -84,7 +85,7 @@ def figure(results, name, size=(520, 300)):
             for (x, y), (i, _, a, b) in zip(where, row):
                 pen.line((x, place(i, a)[1], x, place(i, b)[1]), fill=ink)
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill="white" if hollow else ink, outline=ink)
-            x, y = left + 110 + n % 2 * 170, bottom + 22 + n // 2 * 16
+            x, y = left + 110 + n % 2 * 190, bottom + 22 + n // 2 * 16
             pen.ellipse((x - 12, y + 2, x - 4, y + 10), fill="white" if hollow else ink, outline=ink)
             pen.text((x, y), f"{line}, {model.split(',')[0]}", fill="black")
     return sheet
@@ -103,7 +104,7 @@ def main(argv=None):
         import evaluate
         flag, values, lines = CURVES[args.name]
         methods = [f"--method={line} {value}={more} --{flag} {value}" for line, more in lines.items() for value in values]
-        evaluate.main(["--benchmark", "emoji", "--tuning", "--subjects", str(args.subjects), "--seeds", args.seeds, "--no-own_seeds",
+        evaluate.main(["--benchmark", "emoji", "--tuning", "--subjects", str(args.subjects), "--seeds", args.seeds,
                        "--output_dir", str(folder), *methods])
     results, _ = read_results(folder)
     save_png(figure(results, args.name), folder / f"{args.name}.png")

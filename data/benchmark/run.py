@@ -247,7 +247,7 @@ def list_jobs(args, methods, subjects):
     jobs = []
     for number in args.seeds:
         for i, s in enumerate(subjects):
-            seed = 100 * (number + 1) + 50 * args.tuning + i if args.own_seeds else number
+            seed = 100 * (number + 1) + 50 * args.tuning + i  # a subject's own: else one seed's noise moves them all alike
             wanted = [m for m in methods if i < methods[m]["subjects"]]
             wanted.sort(key=lambda m: crc32(f"{m} {s} {seed}".encode()))  # so that each process gets long ones
             jobs += [(m, s, 0 if methods[m]["flags"] is None else seed) for m in wanted]
