@@ -9,7 +9,7 @@ Scores, all means (paper, Sec. 4):
 CLIP-T     cosine of picture and prompt without the token
 CLIP-I     cosine over all pairs of pictures and photos, by the contrastive encoder
 DINO       the same by the instance-discriminating encoder
-identity   DINO over the prompts that ask for no other colour and not for a small one: DINO over all also rewards a model that
+identity   DINO over the prompts that put no adjective before the subject: DINO over all also rewards a model that
            will not draw "a red dog" red (as both reward one that leaves out the hat of "a dog next to a hat", which obeyed counts)
 drift      1 - cosine of one-step pictures of unrelated prompts, before and after, same noise
 diversity  1 - cosine between seeds of one prompt
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from data.base import find_base, load_encoder, load_pair, pick_device
 from data.benchmark import blind, report
@@ -89,10 +90,13 @@ class HubJudge(torch.nn.Module):
         from transformers import AutoModel, AutoTokenizer
         self.source, self.size = source, size
         name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
-        model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True)
+        try:
+            model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True)
+            reads = hasattr(model, "get_text_features")
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main") if reads else None
+        except (OSError, ValueError, SafetensorError) as error:
+            fail(f"--judges: {source} cannot be loaded ({str(error).splitlines()[0]}); connect to the hub once, or give a folder with clip/ and dino/")
         self.model = model.to(device).eval().requires_grad_(False)
-        reads = hasattr(self.model, "get_text_features")
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main") if reads else None
         self.register_buffer("mean", torch.tensor(statistics[0]).view(3, 1, 1).to(device))
         self.register_buffer("deviation", torch.tensor(statistics[1]).view(3, 1, 1).to(device))
 
@@ -369,15 +373,15 @@ def compare_blind(args):
     if concepts[0] != concepts[1]:
         fail(f"--ab_sheet compares two runs of one subject, not of {concepts[0]} and {concepts[1]}")
     check_photos(*runs[0])
-    device, _ = pick_device(args.device)
+    device, first = pick_device(args.device)[0], runs[0][1]
+    spec = read_spec("emoji" if own_judges(first["base"]).is_dir() else "dreambench")
+    templates = templates_for(spec, first["class_word"])
     for model, (folder, flags) in zip(models, runs):
         pair = load_pair(flags["base"], flags["token"], flags["class_word"], device, flags)
         load_run(folder, pair)
-        spec = read_spec("emoji" if own_judges(flags["base"]).is_dir() else "dreambench")
-        templates = templates_for(spec, flags["class_word"])
         prompts = [t.replace("{}", f"{flags['token']} {flags['class_word']}") for t in templates]
         pictures.append(to_pil(draw(pair, model, prompts, args.num_seeds, flags["guidance_scale"])))
-    plain = [t.replace("a {}", "this {}").replace("{}", flags["class_word"]) for t in templates]
+    plain = [t.replace("a {}", "this {}").replace("{}", first["class_word"]) for t in templates]
     photos = to_pil(load_photos(flags["concept"], pair.resolution))
     names = [f"{folder}{':teacher' * (who == 'teacher')}" for (who, _), (folder, _) in zip(models, runs)]
     pictures = list(zip(plain * args.num_seeds, *pictures))

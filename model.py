@@ -113,7 +113,7 @@ class Denoiser(nn.Module):
 class ConceptText(nn.Module):
     """The shared text encoder, frozen but for one new row: the concept token.
 
-    The row starts as a copy of the class word's. A hook on the embedding table puts it in place, so the table itself
+    The row starts as the mean of the class word's tokens. A hook on the embedding table puts it in place, so the table itself
     never enters an optimizer.
     """
 

@@ -58,6 +58,8 @@ def parse_arguments(argv=None):
         fail(f"--steps must be 1, 2 or 4 for the student, not {args.steps}; --teacher takes any number")
     if args.compare and args.teacher:
         fail("--compare draws student and teacher; leave --teacher out (--steps is then the student's)")
+    if args.compare and args.base_only:
+        fail("--compare draws the untouched student beside the trained models; leave --base_only out")
     if args.live and (odd := [k for k in ("compare", "teacher", "base_only", "compile", "output_dir") if getattr(args, k)]):
         fail(f"--{odd[0]} does nothing beside --live, whose page has its own switches; leave it out")
     pick_device(args.device)
@@ -130,15 +132,16 @@ def main(argv=None):
         return serve(args)
     if args.export:
         return export(args, device)
-    announce_download(flags["base"], flags | {"tiny_vae": args.tiny_vae}, encoders=False)
+    role = "teacher" if args.teacher else "student"
+    painters = [("student", False), ("student", True), ("teacher", True)] if args.compare else [(role, not args.base_only)]
+    roles = {r for r, _ in painters}
+    announce_download(flags["base"], flags | {"tiny_vae": args.tiny_vae}, encoders=False, roles=roles)
     tokenizer = load_tokenizer(find_base(flags["base"], flags).teacher)
     tokenizer.add_tokens(token)
     for sentence in remarks(args.prompts, args, tokenizer):
         print(f"note: {sentence}")
     out = make_folder(args.output_dir or (args.run or Path("out", f"base-{Path(flags['base']).name}")) / "samples", "--output_dir")
-    role = "teacher" if args.teacher else "student"
-    painters = [("student", False), ("student", True), ("teacher", True)] if args.compare else [(role, not args.base_only)]
-    pair = load_pair(flags["base"], token, flags["class_word"], device, flags | {"tiny_vae": args.tiny_vae}, roles={r for r, _ in painters})
+    pair = load_pair(flags["base"], token, flags["class_word"], device, flags | {"tiny_vae": args.tiny_vae}, roles=roles)
     if args.compile:
         compile_networks(*(d.unet for d in (pair.teacher, pair.student) if d), (pair.tiny_vae or pair.vae).decoder)
 

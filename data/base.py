@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
+from data.images import PROMPTS
 from data.recipe import BASES, DATA, OF_BASE, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
 
 
+ENCODERS = ("dino", "dinov2", "clip", "ip_adapter")  # of every base but the embedded one
 # whose scheduler draws each role, whatever a repository's own is, and what is set in it
 SCHEDULERS = {"teacher": ("DDIMScheduler", {"clip_sample": False}), "student": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"})}
 
@@ -52,17 +54,29 @@ def find_base(name, flags=None):
         if (recipe := entry.get("recipe", usual)) not in BASES:
             fail(f"{own}: recipe is {recipe!r}; give one of {', '.join(BASES)}")
         entry = {"prompts": read_toml(DATA / recipe / "recipe.toml")["base"]["prompts"]} | entry
+        check_entry(own, entry)
     if folder is not None:
         tiny = {"tiny_vae": str(folder / "tiny_vae")} if (folder / "tiny_vae").is_dir() else {}
         encoders = folder / "encoders"
         if not (encoders / "clip" / "heads.safetensors").is_file():  # not the embedded world's
-            encoders = {name: f"{encoders}/{name}" for name in ("dino", "dinov2", "clip")} | {"ip_adapter": f"{encoders}/ip_adapter.safetensors"}
+            encoders = {name: f"{encoders}/{name}" for name in ENCODERS} | {"ip_adapter": f"{encoders}/ip_adapter.safetensors"}
         entry = {"teacher": str(folder / "teacher"), "student": str(folder / "student"), "encoders": encoders} | tiny | entry
     given = {part: flags[part] for part in ("teacher", "student") if flags.get(part)}
     if "student" in given:
         given["student_lora"] = None
     defaults = {"tiny_vae": None, "student_lora": None, "licences": {}}
     return SimpleNamespace(**defaults | entry | given | {"recipe": DATA / recipe / "recipe.toml", "folder": folder})
+
+
+def check_entry(path, entry):
+    """Refuse values of a base.json under which nothing could be found."""
+    if entry["prompts"] not in (known := list(json.loads(PROMPTS.read_text(encoding="utf-8")))):
+        fail(f"{path}: prompts is {entry['prompts']!r}; give one of {', '.join(known)}")
+    at, lora = entry.get("encoders", {}), str(entry.get("student_lora") or "")
+    if at and not (set(at) == set(ENCODERS) if isinstance(at, dict) else os.path.isdir(at)):
+        fail(f"{path}: encoders is neither a folder here nor a table that says where {', '.join(ENCODERS)} lie; mend it or leave it out")
+    if lora and not os.path.isfile(lora) and lora.count("/") < 2:
+        fail(f"{path}: student_lora is {lora!r}, neither a file here nor of the form owner/name/file.safetensors")
 
 
 def read_recipe(argv):
@@ -181,18 +195,18 @@ def weight_files(part, diffusers):
     return f"{stem}.fp16.safetensors", f"{stem}.safetensors"
 
 
-def announce_download(base, flags, encoders=True):
+def announce_download(base, flags, encoders=True, roles=("teacher", "student")):
     """Print what the hub is going to send, under which licences and where it is kept; refuse if the disk is too small for it.
 
-    encoders: whether those of the losses are wanted, too.
+    encoders: whether those of the losses are wanted, too; roles: whose UNets are.
     """
     from huggingface_hub import constants
     at, sizes = find_base(base, flags), {}
     needed = at.encoders if encoders and isinstance(at.encoders, dict) else {}
-    wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("unet", "vae", "text_encoder")]
-    wanted += [(at.student, weight_files("unet", True))] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae") and at.tiny_vae)
+    wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("vae", "text_encoder")]
+    wanted += [(getattr(at, role), weight_files("unet", True)) for role in roles] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae") and at.tiny_vae)
     wanted += [(source, weight_files("", False)) for k, source in needed.items() if k != "ip_adapter"]
-    for spec in (at.student_lora, needed.get("ip_adapter")):
+    for spec in (at.student_lora if "student" in roles else None, needed.get("ip_adapter")):
         if spec and not os.path.isfile(spec):
             owner, name, file = spec.split("/", 2)
             wanted.append((f"{owner}/{name}", (file,)))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +81,7 @@ def page(gr, args, runs):
     def rename(name, prompt):
         """The prompt with another run's subject in place of the last one's."""
         for other in runs:
-            prompt = prompt.replace(f"a {subject(other)} ", f"a {subject(name)} ")
+            prompt = re.sub(rf"\ba {re.escape(subject(other))}(?!\w)", lambda _: f"a {subject(name)}", prompt)
         return prompt
 
     def follow(name, prompt, seed, count, steps, beside):

@@ -94,7 +94,7 @@ class Run:
         """Nothing of an earlier run may be taken for a part of this one, nor its unfinished work be lost by a forgotten flag."""
         if left := checkpoints(self.out):
             print(f"note: an unfinished run was here; to go on with it instead, add --resume_from_checkpoint {self.set_aside(left) / left[-1].name}")
-        for part in ("checkpoints", "previews"):
+        for part in ("checkpoints", "previews", "tensorboard"):
             shutil.rmtree(self.out / part, ignore_errors=True)
         for old in self.out.glob("echo*.png"):
             old.unlink()

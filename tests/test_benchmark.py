@@ -409,8 +409,8 @@ def sheet_of(page):
     return json.loads(re.search(r'<script type="application/json" id="sheet">(.*?)</script>', page)[1])
 
 
-def make_sheet(folder, n=40, prompt="prompt {}"):
-    pictures = [(prompt.replace("{}", str(i)), Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")) for i in range(n)]
+def make_sheet(folder, n=40, prompt="prompt {}", inks=("red", "blue")):
+    pictures = [(prompt.replace("{}", str(i)), *(Image.new("RGB", (4, 4), ink) for ink in inks)) for i in range(n)]
     blind.ab_sheet(pictures, [pictures[0][1]], ("runs/secret_a", "runs/secret_b"), folder, seed=0)
     page = (folder / "sheet.html").read_text()
     return page, sheet_of(page), blind.png_url(pictures[0][1])
@@ -430,7 +430,8 @@ def test_the_sheet_hides_which_is_which_and_the_tally_finds_it_again(tmp_path, c
     save_votes(tmp_path, sheet["sheet"], votes)
     evaluate.main(["--tally", str(tmp_path / "votes.json")])
     assert "runs/secret_a" in (said := capsys.readouterr().out) and "30 of 40 votes: 75.0%" in said
-    save_votes(tmp_path, "other", votes)
+    _, other, _ = make_sheet(tmp_path / "other", inks=("red", "green"))
+    save_votes(tmp_path, other["sheet"], votes)
     code, message = exit_of(evaluate.main, ["--tally", tmp_path / "votes.json"], capsys)
     assert code == 2 and "another sheet" in message
 

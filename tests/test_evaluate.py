@@ -138,6 +138,13 @@ def test_a_run_without_its_photos_or_a_base_without_judges_is_refused_by_name(co
     assert code == 2 and "--judges embedded" in said and "sd-turbo" in said
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda p: p.write_bytes(b"no weights")], ids=["missing", "damaged"])
+def test_a_judge_that_cannot_be_loaded_is_named_in_one_sentence(spoil, hub_judges, tmp_path, capsys):
+    spoil(Path(shutil.copytree(hub_judges / "paper", tmp_path / "judges"), "clip", "model.safetensors"))
+    code, said = exit_of(lambda argv: evaluate.load_judges(str(tmp_path / "judges"), "emoji", None, "cpu"), [], capsys)
+    assert code == 2 and "--judges" in said and "judges/clip" in said and "\n" not in said
+
+
 # -- benchmark --------------------------------------------------------------------------------------------------
 
 def benchmark(*flags):
@@ -189,6 +196,8 @@ def test_dreambench_reads_photos_and_the_lists_of_both_kinds(hub_judges, quick_p
     assert sum(word in spec["live"] for word in spec["subjects"].values()) == 9
     flags = ["--benchmark", "dreambench", "--data", str(tmp_path / "photos"), "--judges", str(hub_judges / "paper"), "--num_seeds", "1",
              "--seeds", "0", "--method", f"short={SHORT}", "--output_dir", "bench", "--subjects"]
+    code, message = exit_of(evaluate.main, flags + ["1", "--tuning"], capsys)
+    assert code == 2 and "--tuning" in message
     code, message = exit_of(evaluate.main, flags + ["2"], capsys)
     assert code == 2 and "lacks backpack_dog" in message and "download.py" in message
     evaluate.main(flags + ["1", "--keep_runs"])
@@ -213,3 +222,5 @@ def test_the_photos_are_fetched_whole_or_not_at_all(tmp_path, capsys):
     (tmp_path / "y.tar.gz").write_bytes((tmp_path / "x.tar.gz").read_bytes()[:100])
     code, message = exit_of(download.main, ["--url", (tmp_path / "y.tar.gz").as_uri(), "--output", "half"], capsys)
     assert code == 2 and "--url" in message and not os.path.exists("half")
+    code, message = exit_of(download.main, ["--url", "mirror.example/x.tar.gz", "--output", "half"], capsys)
+    assert code == 2 and "--url mirror.example" in message and not os.path.exists("half")

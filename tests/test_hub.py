@@ -13,7 +13,7 @@ import hub
 import sample as sample_script
 import train as train_script
 from conftest import exit_of, train
-from data.base import fetch, find_base, load_pair, load_tokenizer
+from data.base import announce_download, fetch, find_base, load_pair, load_tokenizer
 from data.benchmark import full_size
 from test_export import card_code
 from test_sd import SMALL, write_weights
@@ -139,6 +139,17 @@ def test_a_first_run_says_what_it_downloads_and_a_second_needs_no_network(cache,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     train("--base", "sd-turbo", *SHORT, "--echo_steps", 0)
     assert "downloading" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("roles", [{"student"}, {"teacher"}, {"teacher", "student"}])
+def test_a_drawing_fetches_only_the_networks_that_it_draws_with(roles, monkeypatch):
+    asked, base = [], find_base("sd-turbo")
+    monkeypatch.setattr("data.base.fetch", lambda source, name, **more: asked.append((source, name)))
+    announce_download("sd-turbo", {}, encoders=False, roles=roles)
+    assert {source for source, name in asked if name.startswith("unet/")} == {getattr(base, role) for role in roles}
+    assert (base.teacher, "vae/diffusion_pytorch_model.safetensors") in asked
+    announce_download("hyper-sd15", {}, encoders=False, roles=roles)
+    assert any("1step-lora" in name for _, name in asked) == ("student" in roles)
 
 
 @pytest.mark.parametrize("status, code, said", [(403, "GatedRepo", "accept its licence on its hub page and log in"),

@@ -178,6 +178,7 @@ BAD = [  # what is made first, the script, its flags, what the sentence must nam
         (["--prompt", "a", "--export", "there"], "--export"), (["--export", "there", "--rank", 0], "--rank"), (["--export", "run/config.json"], "--export"),
         (["--prompt", "a", "--output_dir", "run/config.json"], "--output_dir"), (["--prompt", "a", "--output_dir", "/proc/nowhere"], "--output_dir"),
         (["--prompt", "a", "--base", "nonesuch"], "--base"))],
+    (run_folder(), sample, ["--run", "run", "--prompt", "a", "--compare", "--base_only"], "--base_only"),
     (None, sample, ["--prompt", "a dog"], "train.py"), (None, evaluate, [], "train.py"), (run_folder(), evaluate, ["--run", "run", "--num_seeds", 0], "--num_seeds"),
     (run_folder(), evaluate, ["--run", "run", "--device", "abacus"], "--device"),
     # run folders: half-written, foreign, edited by hand
@@ -302,6 +303,15 @@ def test_the_cost_counts_refuse_an_empty_batch(capsys):
     from data.benchmark import cost
     code, said = exit_of(cost.main, ["--steps", 0, "--train_batch_size", 0], capsys)
     assert code == 2 and "--train_batch_size" in said
+
+
+@pytest.mark.parametrize("flags", [["nowhere.md"], ["page.md", "--steps", "0"], ["page.md", "--base", "sd-turbo"]])
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_timed(flags, monkeypatch, capsys):
+    from data.benchmark import cost
+    monkeypatch.setattr(cost, "write_table", lambda *a: pytest.fail("something was timed first"))
+    Path("page.md").touch()
+    code, said = exit_of(cost.main, ["--write", *flags], capsys)
+    assert code == 2 and f"--write {flags[0]}" in said
 
 
 def test_a_heic_photo_is_refused_with_what_to_do(concept, no_models, capsys):

@@ -113,10 +113,12 @@ def test_previews_hold_the_validation_prompts_and_tensorboard_is_told(concept, m
             return lambda *values, **more: told.append((name, *(values[::2] if name == "add_scalar" else values)))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setattr(train_script, "find_spec", lambda name: True)
+    Path("out/dog/tensorboard").mkdir(parents=True)
+    Path("out/dog/tensorboard/events.of.another.run").touch()
     run = train("--max_train_steps", 8, "--echo_steps", 0, "--validation_prompt", "a <v> dog in a hat", "a {} upside down", "--report_to", "tensorboard", "--preview_steps", 8)
     assert Image.open(run / "preview.png").size[0] > 10 * 128
     assert told[0] == ("folder", "out/dog/tensorboard", None) and {("add_scalar", "alignment", i) for i in range(1, 9)} <= {t for t in told if len(t) == 3}
-    assert [t[0] for t in told if t[0] in ("add_image", "close")] == ["add_image", "close"]
+    assert [t[0] for t in told if t[0] in ("add_image", "close")] == ["add_image", "close"] and not Path("out/dog/tensorboard/events.of.another.run").exists()
     said = capsys.readouterr().out
     assert len(re.findall(r"about [\d.]+ minutes to go, \S+ s an iteration; .* out/dog gets .*preview.png", said)) == 1
     assert json.loads((run / "config.json").read_text())["flags"]["validation_prompt"] == ["a <v> dog in a hat", "a {} upside down"]

@@ -1,5 +1,6 @@
 """Blind comparison by eye: a page of two runs side by side that hides which is which, and its count."""
 import base64
+import hashlib
 import io
 import json
 import math
@@ -35,7 +36,7 @@ def ab_sheet(pictures, photos, names, folder, seed):
     pictures  [(prompt, PIL image of A, PIL image of B)]
     names     of A and B, kept in key.json beside the page
     """
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} {names}")
     order = list(range(len(pictures)))
     rng.shuffle(order)
     trials, a_is = [], {}
@@ -44,7 +45,7 @@ def ab_sheet(pictures, photos, names, folder, seed):
         a_is[number] = rng.choice(["left", "right"])
         left, right = (a, b) if a_is[number] == "left" else (b, a)
         trials.append({"number": number, "prompt": prompt, "left": png_url(left), "right": png_url(right)})
-    identity = f"{rng.getrandbits(64):016x}"
+    identity = hashlib.sha256(json.dumps(trials).encode()).hexdigest()[:16]
     sheet = script_json({"sheet": identity, "photos": [png_url(p) for p in photos], "trials": trials})
     page = fill(PAGE.read_text(encoding="utf-8"), {"SHEET": sheet})
     save_text(folder / "sheet.html", page)

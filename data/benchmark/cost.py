@@ -11,6 +11,7 @@ the critics. Without a GPU a large base is counted only, unless --device cpu ask
 """
 import argparse
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,6 @@ from data.base import find_base, pick_device, stored_in
 from data.benchmark.full_size import FULL_SIZE, write_base
 from data.disk import fail, fill_marks
 
-PAPER = 41  # PFLOP per concept: 1000 iterations of batch 2 as published
 NETWORK = {"identity": "CLIP", "clip": "CLIP", "dino": "DINO", "dinov2": "DINOv2"}
 
 
@@ -284,6 +284,8 @@ def parse_arguments(argv=None):
         fail(f"--random_weights needs sizes that are written down: --base {' or '.join(FULL_SIZE)}")
     if ours.steps < 0 or ours.images < 0:
         fail("--steps and --images must be 0 or more")
+    if ours.write and (ours.base != "emoji" or not ours.steps or not os.path.isfile(ours.write)):
+        fail(f"--write {ours.write} takes the embedded pair's times: give a Markdown file that is there, --base emoji and --steps of 1 or more")
     return ours, rest
 
 
@@ -316,8 +318,9 @@ def print_counts(ours, args, plain, large):
     """Print FLOPs by part and memory by flag set; returns the FLOPs of one iteration with the flags given."""
     n, columns, echoes = args.train_batch_size, {"ours": args}, []
     if large:
-        columns = {"published": train.parse_arguments([*plain, "--recipe", str(ROOT / "data/sd-turbo/paper.toml")]),
-                   "ours": train.parse_arguments(plain), "with these flags": args}
+        columns = {"ours": train.parse_arguments(plain), "with these flags": args}
+        if find_base(args.base).recipe.parent.name == "sd-turbo":  # whose paper.toml it is
+            columns = {"published": train.parse_arguments([*plain, "--recipe", str(ROOT / "data/sd-turbo/paper.toml")])} | columns
     for name, flags in columns.items():
         counted, m = build_meta(flags)
         columns[name] = flags, count(counted, m, name == "published")

@@ -12,6 +12,7 @@ differ more than settings do.
 """
 import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from data.images import save_png
 CURVES = {  # name: (flag of train.py, its values, {line: further flags})
     "iterations": ("max_train_steps", (10, 20, 40, 70, 100),
                    {"together": "--echo_steps 0", "together without carry": "--echo_steps 0 --no-carry",
-                    "teacher first": f"--recipe {ROOT / 'data/benchmark/emoji/sequential.toml'}"}),
+                    "teacher first": f"--recipe {shlex.quote(str(ROOT / 'data/benchmark/emoji/sequential.toml'))}"}),
     "noise": ("target_noise", (0, .15, .3, .45, .6, .75), {"together": "--echo_steps 0"}),
     "selection": ("echo_keep", (.05, .1, .25, .5, 1), {"echo": ""}),
     "weight": ("echo_weight", (-.35, -.2, -.1, 0, .3, 1), {"echo": ""}),

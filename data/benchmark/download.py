@@ -3,6 +3,7 @@
     python data/benchmark/download.py --output data/dreambench
 """
 import argparse
+import http.client
 import shutil
 import sys
 import tarfile
@@ -39,7 +40,7 @@ def main(argv=None):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with open(target, "wb") as f:
                             shutil.copyfileobj(archive.extractfile(member), f)
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
             fail(f"--url {args.url} could not be fetched ({error}); look at the network, or unpack the "
                  f"archive's dataset/ into {output}")
         found = sorted(Path(work).glob("photos/*/*"))

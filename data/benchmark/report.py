@@ -404,6 +404,8 @@ def write(folder, reference, shown=6):
     if not results:
         fail(f"{folder} holds no results; run the benchmark first")
     results = dict(sorted(results.items()))  # in one order, whichever job was done first
+    if reference not in {method for method, _, _ in results}:
+        print(f"note: no result of {reference} is there, so no row is compared with it; --reference names another method")
     if damaged:
         print(f"note: {damaged} damaged; {folder / 'results.jsonl'} is left as it is, the rest is reported")
     else:

@@ -88,6 +88,8 @@ def load_subjects(args, first=True):
 
 def check_methods(args):
     """Make lists of --methods and --method, and refuse what is unknown or cannot be read."""
+    if args.tuning and "tuning" not in read_spec(args.benchmark):
+        fail(f"--tuning needs subjects beside those that count, and {args.benchmark} has none; leave it out")
     known, args.methods = load_methods(args.benchmark), [m for m in (args.methods or "").split(",") if m]
     if wrong := [m for m in args.methods if m not in known]:
         fail(f"--methods {wrong[0]} is unknown; there are: {', '.join(known)}")
@@ -208,8 +210,6 @@ def run_job(job, args, methods, subjects, scorer, device):
     check_scores(line["scores"], words(job))
     save_png(grid(rows), Path(args.output_dir) / "pictures" / f"{report.file_name(job)}.png")
     line["seconds"] = round(time.time() - started, 1)
-    if not args.keep_runs:
-        shutil.rmtree(folder, ignore_errors=True)
     return line
 
 
@@ -269,6 +269,8 @@ def do_jobs(jobs, args, methods, subjects, unrelated, results, make_scorer):
     for k, job in enumerate(jobs):
         line = run_job(job, args, methods, subjects, scorer, device)
         save_json(out / "jobs" / f"{report.file_name(job)}.json", line)
+        if not args.keep_runs:
+            shutil.rmtree(out / "runs" / report.file_name(job), ignore_errors=True)
         seconds.setdefault(job[0], []).append(line["seconds"])
         known = [s for v in seconds.values() for s in v]
         mean = {m: sum(v) / len(v) for m, v in seconds.items()}

@@ -6,8 +6,7 @@
     x = vae.decode(z).sample      # and back
 
 Why not AutoencoderTiny or AutoencoderKL: both double the size by repeating pixels before a convolution, so that a code which
-is constant over an area decodes to a constant colour there, and AutoencoderTiny has one width at every size, less than a code
-of 64 channels needs. Both must learn for hours what a 192 x 64 matrix knows; here nothing that the code holds can get lost.
+is constant over an area decodes to a constant colour there. Both must learn for hours what a matrix of 192 x C numbers knows; here nothing that the code holds can get lost.
 """
 import torch
 import torch.nn.functional as F

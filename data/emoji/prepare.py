@@ -9,6 +9,7 @@ Writes sprites.webp (RGBA tiles of 64 px, row by row) and sprites.json (one entr
     split   "pretrain"  every pretraining stage may draw it
             "extra"     only the frozen encoders may draw it (more individuals, so that identity means something)
             "held_out"  no pretraining stage ever sees it: the subjects to personalise
+    live    of a held-out entry: whether it is an animal, which can wear and do things
 The three artists drew the same name as three different individuals, which is the personalisation problem in small:
 the base knows the class word from Fluent and Twemoji, and has never seen Noto's individual.
 """

@@ -70,7 +70,7 @@ def export_encoder(args, base, stage, tokenizer):
         encoder = build_text(tokenizer)
         encoder.load_state_dict(saved(args, stage, "text"))
         encoder.half().save_pretrained(folder / "text")
-        heads |= {"text": saved(args, stage, "caption")["weight"], "logit_scale": saved(args, stage, "scale")["scale"].view(1)}
+        heads |= {"text": saved(args, stage, "caption")["weight"]}
     if name == "names":
         nouns = saved(args, stage, "nouns")
         heads["nouns"] = torch.cat([nouns["weight"], nouns["bias"][:, None]], 1)
