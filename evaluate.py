@@ -1,4 +1,4 @@
-"""Score finished runs with judges that training never sees, and compare methods over many subjects.
+"""Score finished runs with judges, and compare methods over many subjects.
 
     python evaluate.py                                    # the newest run under out/, or --run DIR
     python evaluate.py --benchmark emoji                  # 30 subjects x methods x seeds; resumable
@@ -20,6 +20,7 @@ KID        kernel inception distance of 8 x 8-pixel cells, in the naming judge, 
            high where a picture is torn or a mosaic, and where it shows another individual
 obeyed     mean of place, count, neighbour and colour
 all three  geometric mean of identity, obeyed and min(edges, 1 / edges) / (1 + KID / 100): none makes up for another
+Training never sees the embedded judges and siglip2; the DINO judges of "paper" and "dreambooth" carry critics of sd-turbo's recipe.
 For one run, whose subject the world does not know, edges and KID are against any of its scenes, so only the run's own rows compare.
 Untouched models read the prompt without the token. data/benchmark/README.md holds the benchmark's tables.
 """
