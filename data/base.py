@@ -48,10 +48,12 @@ def find_base(name, flags=None):
         if not os.path.isfile(own) and not all(os.path.isdir(folder / part) for part in ("teacher", "student")):
             fail(f"--base {name} is neither one of {', '.join(BASES)} nor a folder with teacher/ and student/ in it")
         entry = read_config(folder, "", "base.json", needed=False) or {}
-        usual = "emoji" if (read_config(folder, "teacher/vae", needed=False) or {}).get("_class_name") == "PatchAutoencoder" else "sd-turbo"
         if not isinstance(entry, dict) or set(entry) - OF_BASE - {"recipe"}:
             fail(f"{own} is no table of recipe, {', '.join(sorted(OF_BASE))}; mend it")
-        if (recipe := entry.get("recipe", usual)) not in BASES:
+        if "recipe" not in entry:
+            vae = read_config(folder, "teacher/vae", needed=False) or {}
+            entry["recipe"] = "emoji" if vae.get("_class_name") == "PatchAutoencoder" else "sd-turbo"
+        if (recipe := entry["recipe"]) not in BASES:
             fail(f"{own}: recipe is {recipe!r}; give one of {', '.join(BASES)}")
         entry = {"prompts": read_toml(DATA / recipe / "recipe.toml")["base"]["prompts"]} | entry
         check_entry(own, entry)
