@@ -448,6 +448,8 @@ def parse_arguments(argv=None):
     if args.readme and not (args.report and Path(args.readme).is_file()):
         fail(f"--readme {args.readme} goes with --report and names a Markdown file that is there")
     if args.benchmark:
+        if args.tuning and "tuning" not in read_spec(args.benchmark):
+            fail(f"--tuning needs subjects beside those that count, and {args.benchmark} has none; leave it out")
         check_methods(args)
     elif not args.ab_sheet and not args.tally and not args.report:
         args.run, args.flags = read_run(args.run, base=args.base)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.disk import fail
-from data.images import PROMPTS
+from data.images import read_prompts
 from data.recipe import BASES, DATA, OF_BASE, Parser, read_toml
 from model import (CLIP, ConceptText, Denoiser, Encoder, ImageTokens, Pair, ViT, fuse_lora, moves, trainable_parameters)
 
@@ -72,13 +72,15 @@ def find_base(name, flags=None):
 
 def check_entry(path, entry):
     """Refuse values of a base.json under which nothing could be found."""
-    if entry["prompts"] not in (known := list(json.loads(PROMPTS.read_text(encoding="utf-8")))):
+    if entry["prompts"] not in (known := list(read_prompts())):
         fail(f"{path}: prompts is {entry['prompts']!r}; give one of {', '.join(known)}")
-    at, lora = entry.get("encoders", {}), str(entry.get("student_lora") or "")
+    at = entry.get("encoders", {})
     if at and not (set(at) == set(ENCODERS) if isinstance(at, dict) else os.path.isdir(at)):
         fail(f"{path}: encoders is neither a folder here nor a table that says where {', '.join(ENCODERS)} lie; mend it or leave it out")
-    if lora and not os.path.isfile(lora) and lora.count("/") < 2:
-        fail(f"{path}: student_lora is {lora!r}, neither a file here nor of the form owner/name/file.safetensors")
+    for key, table in (("student_lora", entry), ("ip_adapter", at if isinstance(at, dict) else {})):  # each is one file, see `fetch_file`
+        file = str(table.get(key) or "")
+        if file and not os.path.isfile(file) and file.count("/") < 2:
+            fail(f"{path}: {key} is {file!r}, neither a file here nor of the form owner/name/file.safetensors")
 
 
 def read_recipe(argv):
@@ -206,7 +208,7 @@ def announce_download(base, flags, encoders=True, roles=("teacher", "student")):
     at, sizes = find_base(base, flags), {}
     needed = at.encoders if encoders and isinstance(at.encoders, dict) else {}
     wanted = [(at.teacher, weight_files(part, part != "text_encoder")) for part in ("vae", "text_encoder")]
-    wanted += [(getattr(at, role), weight_files("unet", True)) for role in roles] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae") and at.tiny_vae)
+    wanted += [(getattr(at, role), weight_files("unet", True)) for role in sorted(roles)] + [(at.tiny_vae, weight_files("", True))] * bool(flags.get("tiny_vae") and at.tiny_vae)
     wanted += [(source, weight_files("", False)) for k, source in needed.items() if k != "ip_adapter"]
     for spec in (at.student_lora if "student" in roles else None, needed.get("ip_adapter")):
         if spec and not os.path.isfile(spec):

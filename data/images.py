@@ -178,9 +178,14 @@ class Photos:
         return torch.cat(windows)
 
 
+def read_prompts():
+    """prompts.json: {base: {kind: [prompt]}}."""
+    return json.loads(PROMPTS.read_text(encoding="utf-8"))
+
+
 def load_prompts(base, more=None):
     """{"templates", "scenes", "preview"} of a base from prompts.json; "{}" stands for the subject. more: of one's own, for previews."""
-    prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[base]
+    prompts = read_prompts()[base]
     return prompts | {"preview": prompts["preview"] + (more or [])}
 
 

@@ -384,6 +384,7 @@ def test_a_folder_is_trained_as_its_autoencoder_or_its_base_json_says(base, conc
     for text, said in (("{", "base.json is damaged"), ("[1]", "base.json is no table"), ('{"teachers": "a"}', "base.json is no table"),
                        ('{"recipe": "sdxl"}', "recipe is 'sdxl'"), ('{"prompts": "photos"}', "prompts is 'photos'"), ('{"prompts": []}', "prompts is []"),
                        ('{"student_lora": "hyper.safetensors"}', "student_lora is 'hyper.safetensors'"), ('{"encoders": {"clip": "a/b"}}', "dino, dinov2, clip"),
+                       ('{"encoders": {"dino": "a/b", "dinov2": "a/b", "clip": "a/b", "ip_adapter": "adapter.bin"}}', "ip_adapter is 'adapter.bin'"),
                        ('{"encoders": "nowhere"}', "encoders is neither a folder")):
         (base / "base.json").write_text(text)
         code, line = exit_of(train_script.main, ["--concept", "dog", "--base", base], capsys)

@@ -88,8 +88,6 @@ def load_subjects(args, first=True):
 
 def check_methods(args):
     """Make lists of --methods and --method, and refuse what is unknown or cannot be read."""
-    if args.tuning and "tuning" not in read_spec(args.benchmark):
-        fail(f"--tuning needs subjects beside those that count, and {args.benchmark} has none; leave it out")
     known, args.methods = load_methods(args.benchmark), [m for m in (args.methods or "").split(",") if m]
     if wrong := [m for m in args.methods if m not in known]:
         fail(f"--methods {wrong[0]} is unknown; there are: {', '.join(known)}")
