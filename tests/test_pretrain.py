@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from stages import encoders, loop
+from stages import encoders, loop, teacher
 from world import World, words
 
 BASE = str(ROOT / "data/emoji/base")
@@ -35,16 +35,30 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-def test_a_killed_stage_goes_on_as_if_nothing_had_happened(monkeypatch):
-    whole = weights(stage("identity", "--steps", 4))
+@pytest.mark.parametrize("name, flags", [("identity", []), ("teacher", ["--init", BASE])])  # of one optimizer, of two
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(monkeypatch, name, flags):
+    whole = weights(stage(name, "--steps", 4, *flags))
     with monkeypatch.context() as m:
         kept = loop.Batches.__getitem__
         m.setattr(loop.Batches, "__getitem__", lambda self, i: (os.kill(os.getpid(), signal.SIGTERM) if i == 1 else None, kept(self, i))[1])
         with pytest.raises(SystemExit) as stop:
-            stage("identity", "--steps", 4, work="killed")
-    assert stop.value.code == 130 and not same(weights(Path("killed/identity")), whole)
-    assert same(weights(stage("identity", "--steps", 4, work="killed")), whole)
-    assert [line.split()[1] for line in open("killed/identity/log.txt")] == ["1", "2", "3", "4"]
+            stage(name, "--steps", 4, *flags, work="killed")
+    assert stop.value.code == 130 and not same(weights(Path("killed", name)), whole)
+    assert same(weights(stage(name, "--steps", 4, *flags, work="killed")), whole)
+    assert [line.split()[1] for line in open(f"killed/{name}/log.txt")] == ["1", "2", "3", "4"]
+
+
+def test_muon_turns_what_multiplies_and_leaves_the_rest_to_adamw():
+    module = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(8, 16, 3), "embedding": torch.nn.Embedding(9, 8), "norm": torch.nn.GroupNorm(2, 8)})
+    optimizers = teacher.muon_and_adamw(module, 1e-3)
+    before = module["conv"].weight.detach().clone()
+    for w in module.parameters():
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+    optimizers["muon"].step()
+    moved = (module["conv"].weight.detach() - before * (1 - 1e-5)).flatten(1) / (1e-3 * .2 * 72 ** .5)  # learning rate, AdamW's size for (16, 72)
+    assert torch.linalg.svdvals(moved).sub(1).abs().max() < .4  # five Newton-Schulz steps come so near to orthogonal
+    handled = [w for o in optimizers.values() for group in o.param_groups for w in group["params"]]
+    assert [w.numel() for w in handled] == [before.numel(), 16, 72, 8, 8]
 
 
 def test_the_tokenizer_comes_out_the_same_every_time_with_a_token_for_each_word():

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from stages.encoders import WIDTHS, train_encoder
 from stages.export import export
-from stages.latents import channels
+from stages.latents import channels, code
 from stages.score import measure
 from stages.student import make_pairs, train_student
 from stages.teacher import train_teacher
@@ -80,10 +80,15 @@ def main(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     torch.set_num_threads(args.threads)
-    if args.init and not (Path(args.work) / "tokenizer").exists():
-        shutil.copytree(Path(args.init) / "teacher" / "tokenizer", Path(args.work) / "tokenizer")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+        if dist.get_rank():
+            dist.barrier()  # the first process alone writes what all of them read
+    if args.init and not (Path(args.work) / "tokenizer").exists():
+        shutil.copytree(Path(args.init) / "teacher" / "tokenizer", Path(args.work) / "tokenizer")
+    if "RANK" in os.environ and not dist.get_rank():
+        code(args)
+        dist.barrier()
     STAGES[args.stage](args)
 
 

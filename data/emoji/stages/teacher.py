@@ -56,6 +56,25 @@ def load_teacher(args):
     return ema.requires_grad_(False).eval().to(args.device)
 
 
+class Muon(torch.optim.Muon):
+    """For weights of any shape, as matrices (out, rest); steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982)."""
+    def __init__(self, weights, lr):
+        self.weights = weights
+        super().__init__([nn.Parameter(w.detach().flatten(1)) for w in weights], lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        for matrix, w in zip(self.param_groups[0]["params"], self.weights):
+            matrix.grad = w.grad.flatten(1)
+        super().step()
+
+
+def muon_and_adamw(module, lr):
+    """Optimizers of a module: Muon for all that multiplies, AdamW for embeddings, norms and biases."""
+    matrix = {k: w.ndim > 1 and "embed" not in k for k, w in module.named_parameters()}
+    most, rest = ([w for k, w in module.named_parameters() if matrix[k] == m] for m in (True, False))
+    return {"muon": Muon(most, lr), "adamw": torch.optim.AdamW(rest, lr=lr, betas=(.9, .99), weight_decay=.01, fused=True)}
+
+
 def train_teacher(args):
     torch.manual_seed(args.seed)
     world, linear = make_world(args), code(args)
@@ -70,7 +89,7 @@ def train_teacher(args):
     ema = nn.ModuleList([build_unet(args), build_text(tokenizer)]).requires_grad_(False).to(args.device)
     both = nn.ModuleList([unet, text]).to(args.device)
     ema.load_state_dict(both.state_dict())
-    optimizer = torch.optim.AdamW(both.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=.01, fused=True)
+    optimizers = muon_and_adamw(both, args.lr)
     bar = alphas_cumprod().to(args.device)
     if args.compile:
         unet.compile()
@@ -82,20 +101,21 @@ def train_teacher(args):
         t = torch.sigmoid(torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < .3, torch.rand(n, generator=g), t).mul(1000).long().clamp(0, 999)
         t = torch.where(torch.rand(n, generator=g) < .06, 999, t)
-        return z.repeat(args.noises, 1, 1, 1), ids.repeat(args.noises, 1), t, torch.randn(n, args.channels, 8, 8, generator=g), i
+        return z.repeat(args.noises, 1, 1, 1), ids, t, torch.randn(n, args.channels, 8, 8, generator=g), i
 
     def step(batch):
         z, ids, t, eps = (x.to(args.device) for x in batch[:4])
         a = bar[t].sqrt().view(-1, 1, 1, 1)
         s = (1 - a ** 2).sqrt()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            out = unet(a * z + s * eps, t, text(ids).last_hidden_state).sample
+            out = unet(a * z + s * eps, t, text(ids).last_hidden_state.repeat(args.noises, 1, 1)).sample
         loss = (out.float() - (a * eps - s * z)).square().mean()
-        optimizer.zero_grad()
+        both.zero_grad()
         loss.backward()
         average_gradients(both)
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         follow(ema, both, batch[4], .999)
         return {"v": loss}
 
@@ -108,4 +128,4 @@ def train_teacher(args):
         z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
         return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
 
-    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, {"adamw": optimizer}, draw, step, preview)
+    run("teacher", args, {"unet": unet, "text": text, "ema": ema}, optimizers, draw, step, preview)
