@@ -62,10 +62,15 @@ def name_objects(judge, images):
     return torch.cat([judge.name(judge.features(x)).argmax(1) for x in images.clamp(-1, 1).split(64)])
 
 
-def name_neighbours(judge, images):
-    """(2, N): the same for the left and the right half of images of two objects, each half in the middle of a picture of its own."""
+def halves(images):
+    """The left and the right halves of images (N, 3, H, W), each in the middle of a picture of its own whose border repeats."""
     quarter = images.shape[-1] // 4
-    return torch.stack([name_objects(judge, F.pad(half, (quarter, quarter, 0, 0), mode="replicate")) for half in images.chunk(2, 3)])
+    return [F.pad(half, (quarter, quarter, 0, 0), mode="replicate") for half in images.chunk(2, 3)]
+
+
+def name_neighbours(judge, images):
+    """(2, N): the same for the left and the right half of images of two objects."""
+    return torch.stack([name_objects(judge, half) for half in halves(images)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -95,32 +100,42 @@ def without_an_eye(tiles, radius=7):
     return torch.cat([torch.where(inside, mean, tiles[:, :3]), alpha], 1)
 
 
-def show(world, tiles, place, g):
-    """Pictures (B, 3, 64, 64) in [-1, 1] of one or two sprites (each (B, 4, 64, 64)) at places (B,); in the middle, or side by side."""
+def show(world, sprites, place, g, tiles=None):
+    """Pictures (B, 3, 64, 64) in [-1, 1] of one or two sprites (each (B,) numbers) at places (B,): in the middle, or side by side.
+
+    tiles (each (B, 4, 64, 64)): what the sprites look like, if not like themselves. One generator's state means one pose.
+    """
     from world import GRID, SIZE, SIZES, paint
-    canvas, n = world.canvas(place, g), len(place)
-    for i, tile in enumerate(tiles):
-        alone = len(tiles) == 1
-        centre = torch.tensor([0.0, 0.0] if alone else [(2.0 - 4 * i) * 2 * GRID / SIZE, 2 * GRID / SIZE]).expand(n, 2)
-        pixels = torch.full((n,), float(SIZES["" if alone else "beside"]))
-        tilt, upright = .3 * torch.rand(n, generator=g) - .15, torch.zeros(n, dtype=torch.bool)
-        canvas = paint(canvas, tile, pixels, centre, tilt, upright)
+    n, kind, upright = len(place), "beside" if len(sprites) == 2 else "", torch.zeros(len(place), dtype=torch.bool)
+    tiles = [world.sprites[s] for s in sprites] if tiles is None else tiles
+    centres = [[2.0 * GRID / SIZE * side, 2 * GRID / SIZE] for side in (2, -2)] if kind else [[0.0, 0.0]]
+    canvas = world.canvas(place, g)
+    poses = [(tile, torch.full((n,), float(SIZES[kind])), torch.tensor(centre).expand(n, 2), .3 * torch.rand(n, generator=g) - .15, upright)
+             for tile, centre in zip(tiles, centres)]
+    if world.freedom:
+        rows = torch.arange(n if kind else 0)
+        other, neighbour = (sprites[1], poses[1]) if kind else (rows, None)
+        kinds = torch.full((n,), list(SIZES).index(kind))
+        canvas = world.compose_freely(place, sprites[0], poses[0], kinds, rows, other, neighbour, g, mirror=False)
+    else:
+        for pose in poses:
+            canvas = paint(canvas, *pose)
     return canvas.clamp(0, 1) * 2 - 1
 
 
 @torch.no_grad()
-def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, seed=0):
+def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, seed=0, freedom=None):
     """{row: {score: value}}: "real", then the change of each score under each corruption, on pictures that it touches.
 
-    object, place   the clip judge's first choice of all nouns (all places), the other word given
-    neighbour       its first choice for B in "an A next to a B PLACE"
+    object, both    the naming judge's first choice of all nouns; for a pair that of each half
+    place           the clip judge's first choice of all places, the noun given
     CLIP-T          cosine of picture and true caption; individual: the identity judge's first choice among all individuals,
     identity        mean cosine with two other pictures of the same individual
     KID             of the identity judge's embeddings against fresh real pictures of that kind; cell KID: `cell_kid` in the naming judge
     edges           in units of those of real pictures
     """
-    from world import PLACES, World, article
-    world = World(splits)
+    from world import FREEDOM, PLACES, World, article
+    world = World(splits, freedom=FREEDOM if freedom is None else freedom)
     g = torch.Generator().manual_seed(seed)
     face = torch.tensor([e["class"] in FACES and e["style"] != "flat" and "face" in e["name"] + " face" * (e["class"] in ROUND)
                          for e in world.entries])
@@ -130,12 +145,12 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
     fine = (world.noun_of[sprite] != world.noun_of[other]) & (world.noun_of[other] != world.noun_of[wrong])
     place = torch.randint(len(PLACES), (n,), generator=g)
     tiles = world.sprites
-    names = [[article(w) for w in world.nouns][i] for i in world.noun_of.tolist()]
+    names = [article(world.nouns[i]) for i in world.noun_of.tolist()]
     single = [f"{names[a]} {PLACES[p]}" for a, p in zip(sprite.tolist(), place.tolist())]
     double = [f"{names[a]} next to {names[b]} {PLACES[p]}" for a, b, p in zip(sprite.tolist(), other.tolist(), place.tolist())]
 
-    def draw(*which):
-        return show(world, which, place, torch.Generator().manual_seed(seed + 1))
+    def draw(*which, tiles=None):
+        return show(world, which, place, torch.Generator().manual_seed(seed + 1), tiles)
 
     def embed(judge, x):
         return torch.cat([judge.embed(judge.features(v)) for v in x.split(64)])
@@ -144,9 +159,9 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
         return torch.cat([clip.embed_text(tokenizer, captions[i:i + 128]) for i in range(0, len(captions), 128)])
 
     gallery = torch.arange(len(world.entries)).repeat(2)  # two other pictures of every individual
-    views = show(world, [tiles[gallery]], torch.randint(len(PLACES), (len(gallery),), generator=g), g)
+    views = show(world, [gallery], torch.randint(len(PLACES), (len(gallery),), generator=g), g)
     references = embed(identity, views).view(2, len(world.entries), -1)
-    again = [tiles[solid[torch.randint(len(solid), (2 * n,), generator=g)]] for _ in range(2)]
+    again = [solid[torch.randint(len(solid), (2 * n,), generator=g)] for _ in range(2)]
     elsewhere = torch.randint(len(PLACES), (2 * n,), generator=g)
     fresh = {k: show(world, again[:k], elsewhere, g) for k in (1, 2)}
     fresh = {k: (embed(identity, v), edge_energy(v), cells(namer, v)) for k, v in fresh.items()}
@@ -157,10 +172,7 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
     def cell_distance(parts, k):
         return cell_kid(parts.flatten(0, 1), fresh[k][2])
 
-    nouns = [article(w) for w in world.nouns]
-    table = embed_text([f"{w} {p}" for w in nouns for p in PLACES]).view(len(nouns), len(PLACES), -1)
-    beside = embed_text([f"{names[a]} next to {w} {PLACES[p]}" for a, p in zip(sprite.tolist(), place.tolist()) for w in nouns])
-    beside = beside.view(n, len(nouns), -1)
+    table = embed_text([f"{article(w)} {p}" for w in world.nouns for p in PLACES]).view(len(world.nouns), len(PLACES), -1)
 
     def scores(x, captions, kind):
         """{score: (n,) per picture}, the identity judge's embeddings and the naming judge's cells (n, cells, d)."""
@@ -168,20 +180,21 @@ def sensitivities(clip, identity, namer, tokenizer, splits="pretrain", n=300, se
         near = torch.einsum("nd,vkd->nk", own, references) / 2
         out = {"CLIP-T": (e * embed_text(captions)).sum(1)}
         if kind == 2:
-            return out | {"neighbour": (torch.einsum("nd,nkd->nk", e, beside).argmax(1) == world.noun_of[other]).float()}, own, parts
-        return out | {"object": (torch.einsum("nd,knd->nk", e, table[:, place]).argmax(1) == world.noun_of[sprite]).float(),
+            right, left = world.noun_of[torch.stack([sprite, other])]
+            return out | {"both": (name_neighbours(namer, x) == torch.stack([left, right])).all(0).float()}, own, parts
+        return out | {"object": (name_objects(namer, x) == world.noun_of[sprite]).float(),
                       "place": (torch.einsum("nd,nkd->nk", e, table[world.noun_of[sprite]]).argmax(1) == place).float(),
                       "individual": (near.argmax(1) == sprite).float(), "identity": near[torch.arange(n), sprite]}, own, parts
 
     everyone = torch.ones(n, dtype=torch.bool)
-    one, two = draw(tiles[sprite]), draw(tiles[sprite], tiles[other])
+    one, two = draw(sprite), draw(sprite, other)
     swapped = torch.cat([tiles[:, [1, 2, 0]], tiles[:, 3:]], 1)
     cases = [("blur", blur(one), single, 1, everyone), ("mosaic", mosaic(one), single, 1, everyone),
-             ("swapped colours", draw(swapped[sprite]), single, 1, everyone),
-             ("missing eye or nose", draw(without_an_eye(tiles)[sprite]), single, 1, face[sprite]),
-             ("two subjects", draw(tiles[sprite], tiles[sprite]), single, 1, everyone),
-             ("another of its class", draw(tiles[sibling(world, sprite)]), single, 1, sibling(world, sprite) != sprite),
-             ("pair, blur", blur(two), double, 2, fine), ("pair, wrong neighbour", draw(tiles[sprite], tiles[wrong]), double, 2, fine),
+             ("swapped colours", draw(sprite, tiles=[swapped[sprite]]), single, 1, everyone),
+             ("missing eye or nose", draw(sprite, tiles=[without_an_eye(tiles)[sprite]]), single, 1, face[sprite]),
+             ("two subjects", draw(sprite, sprite), single, 1, everyone),
+             ("another of its class", draw(sibling(world, sprite)), single, 1, sibling(world, sprite) != sprite),
+             ("pair, blur", blur(two), double, 2, fine), ("pair, wrong neighbour", draw(sprite, wrong), double, 2, fine),
              ("pair, no neighbour", one, double, 2, fine)]
     clean = {1: scores(one, single, 1), 2: scores(two, double, 2)}
     rows_of = {}
@@ -223,10 +236,11 @@ def main():
     p.add_argument("--base", default=str(HERE / "base"), help="folder with judges/ and teacher/tokenizer")
     p.add_argument("--splits", default="pretrain", help='individuals to draw: "pretrain", or "held_out" that no judge has seen')
     p.add_argument("--samples", type=int, default=300, help="pictures")
+    p.add_argument("--freedom", type=float, help="of the world, from 0 to 1 (default: as the shipped pair knows it)")
     args = p.parse_args()
     base = Path(args.base)
     tokenizer = CLIPTokenizer.from_pretrained(base / "teacher" / "tokenizer")
-    table = sensitivities(*(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names")), tokenizer, args.splits, args.samples)
+    table = sensitivities(*(load_encoder(base / "judges" / k) for k in ("clip", "identity", "names")), tokenizer, args.splits, args.samples, freedom=args.freedom)
     columns = list(dict.fromkeys(c for row in table.values() for c in row))
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name, row in table.items():

@@ -310,6 +310,7 @@ class Batch:
     place: torch.Tensor   # (B,) index into PLACES, drawn whether or not the caption names it
     colour: torch.Tensor  # (B,) index into COLOURS of a recoloured subject, -1 otherwise
     beside: torch.Tensor  # (B,) index into World.nouns of a second object, -1 where there is none
+    left: torch.Tensor    # (B,) bool: of two objects, whether the subject stands left
 
 
 class World:
@@ -530,7 +531,7 @@ class World:
             if b >= 0:
                 text += " next to " + article((names[oc] + " " if oc >= 0 else "") + self.nouns[b])
             captions.append(text + (" " + PLACES[pl] if say else ""))
-        return Batch(images.clamp(0, 1) * 2 - 1, captions, sprite, noun, place, colour, beside)
+        return Batch(images.clamp(0, 1) * 2 - 1, captions, sprite, noun, place, colour, beside, side < 0)
 
 
 def article(phrase):

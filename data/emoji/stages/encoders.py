@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.base import load_encoder
+from measure import halves
 from stages.latents import code, from_latents, to_latents
 from stages.loop import make_world, opened, run
 from world import article, hue_jitter, words
@@ -146,7 +147,12 @@ def train_encoder(args):
             return {"images": spoil(views, linear, g) if judge else views}
         batch = opened(world, args, i).sample(args.batch, g)
         shown = F.one_hot(batch.noun, len(world.nouns)) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), len(world.nouns)))
-        return {"images": batch.images, "ids": tokenize(tokenizer, batch.captions + falsified(world, batch, g)), "shown": shown / shown.sum(1, keepdim=True)}
+        out = {"images": batch.images, "ids": tokenize(tokenizer, batch.captions + falsified(world, batch, g)), "shown": shown / shown.sum(1, keepdim=True)}
+        if args.stage == "judge_names":  # it will be asked for each half of two objects
+            two = batch.beside >= 0
+            left, right = torch.where(batch.left, batch.noun, batch.beside), torch.where(batch.left, batch.beside, batch.noun)
+            out |= {"halves": torch.cat(halves(batch.images[two])), "in_half": torch.cat([left[two], right[two]])}
+        return out
 
     def step(batch):
         features = look(batch["images"])
@@ -154,6 +160,8 @@ def train_encoder(args):
             b, false = modules["caption"](modules["text"](batch["ids"].to(args.device)).pooler_output).chunk(2)
             loss, accuracy = contrast(modules["image"](features), b, scale, false)
             loss = loss + F.cross_entropy(modules["nouns"](features), batch["shown"].to(args.device))  # captions alone teach the neighbour last
+            if "halves" in batch:
+                loss = loss + F.cross_entropy(modules["nouns"](look(batch["halves"])), batch["in_half"].to(args.device))
         else:
             loss, accuracy = contrast(*modules["image"](features).chunk(2), scale)
         optimizer.zero_grad()
