@@ -148,8 +148,8 @@ def train_encoder(args):
         batch = opened(world, args, i).sample(args.batch, g)
         shown = F.one_hot(batch.noun, len(world.nouns)) + torch.where(batch.beside[:, None] < 0, 0, F.one_hot(batch.beside.clamp(min=0), len(world.nouns)))
         out = {"images": batch.images, "ids": tokenize(tokenizer, batch.captions + falsified(world, batch, g)), "shown": shown / shown.sum(1, keepdim=True)}
-        if args.stage == "judge_names":  # it will be asked for each half of two objects
-            two = batch.beside >= 0
+        two = batch.beside >= 0
+        if args.stage == "judge_names" and two.any():  # it will be asked for each half of two objects
             left, right = torch.where(batch.left, batch.noun, batch.beside), torch.where(batch.left, batch.beside, batch.noun)
             out |= {"halves": torch.cat(halves(batch.images[two])), "in_half": torch.cat([left[two], right[two]])}
         return out
