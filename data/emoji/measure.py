@@ -105,22 +105,18 @@ def show(world, sprites, place, g, tiles=None):
 
     tiles (each (B, 4, 64, 64)): what the sprites look like, if not like themselves. One generator's state means one pose.
     """
-    from world import GRID, SIZE, SIZES, paint
+    from world import GRID, SIZE, SIZES
     n, kind, upright = len(place), "beside" if len(sprites) == 2 else "", torch.zeros(len(place), dtype=torch.bool)
     tiles = [world.sprites[s] for s in sprites] if tiles is None else tiles
     centres = [[2.0 * GRID / SIZE * side, 2 * GRID / SIZE] for side in (2, -2)] if kind else [[0.0, 0.0]]
     canvas = world.canvas(place, g)
     poses = [(tile, torch.full((n,), float(SIZES[kind])), torch.tensor(centre).expand(n, 2), .3 * torch.rand(n, generator=g) - .15, upright)
              for tile, centre in zip(tiles, centres)]
-    if world.freedom:
-        rows = torch.arange(n if kind else 0)
-        other, neighbour = (sprites[1], poses[1]) if kind else (rows, None)
-        kinds = torch.full((n,), list(SIZES).index(kind))
-        canvas = world.compose_freely(place, sprites[0], poses[0], kinds, rows, other, neighbour, g, mirror=False)
-    else:
-        for pose in poses:
-            canvas = paint(canvas, *pose)
-    return canvas.clamp(0, 1) * 2 - 1
+    rows = torch.arange(n if kind else 0)
+    other, neighbour = (sprites[1], poses[1]) if kind else (rows, None)
+    kinds = torch.full((n,), list(SIZES).index(kind))
+    images = world.compose(canvas, place, sprites[0], poses[0], kinds, rows, other, neighbour, g, mirror=False)
+    return images.clamp(0, 1) * 2 - 1
 
 
 @torch.no_grad()

@@ -388,6 +388,13 @@ class World:
         c, s = angle.cos().abs(), angle.sin().abs()
         return torch.stack([w * c + h * s, w * s + h * c], 1)
 
+    def compose(self, canvas, place, sprite, subject, kind, rows, other, neighbour, g, mirror=True):
+        """Pictures (B, 3, SIZE, SIZE) of subjects and, in some rows, neighbours: on empty canvases as they are told, or freely."""
+        if self.freedom:
+            return self.compose_freely(place, sprite, subject, kind, rows, other, neighbour, g, mirror)
+        images = paint(canvas, *subject)
+        return images.index_copy(0, rows, paint(images[rows], *neighbour)) if len(rows) else images
+
     def compose_freely(self, place, sprite, subject, kind, rows, other, neighbour, g, mirror=True):
         """Pictures (B, 3, SIZE, SIZE) in [0, 1] of subjects and, in some rows, neighbours, on their way to freedom 1.
 
@@ -515,12 +522,7 @@ class World:
             rgba = self.dress(other, g, other_colour[rows])
             neighbour = rgba, pixels[rows], centre[rows] * torch.tensor([-1.0, 1.0]), *(v[rows] for v in pose())
         say_place = chance(self.p["place"])
-        if self.freedom:
-            images = self.compose_freely(place, sprite, subject, kind, rows, other, neighbour, g)
-        else:
-            images = paint(canvas, *subject)
-            if len(rows):
-                images = images.index_copy(0, rows, paint(images[rows], *neighbour))
+        images = self.compose(canvas, place, sprite, subject, kind, rows, other, neighbour, g)
 
         names = list(COLOURS)
         captions = []
@@ -597,14 +599,10 @@ def illustrate(name, templates, g, freedom=FREEDOM):
     canvas = world.canvas(place, g)
     neighbour = world.pick(beside.clamp(min=0), upright, g)
     other = world.dress(neighbour, g)
-    if freedom:
-        rows = torch.where(two)[0]
-        second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
-        subject = rgba, pixels, centre, still, upright
-        return world.compose_freely(place, sprite, subject, kind, rows, neighbour[rows], second, g, mirror=False).clamp(0, 1) * 2 - 1
-    canvas = paint(canvas, rgba, pixels, centre, still, upright)
-    canvas = torch.where(two[:, None, None, None], paint(canvas, other, pixels, centre * torch.tensor([-1.0, 1.0]), still, upright), canvas)
-    return canvas.clamp(0, 1) * 2 - 1
+    rows = torch.where(two)[0]
+    second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
+    subject = rgba, pixels, centre, still, upright
+    return world.compose(canvas, place, sprite, subject, kind, rows, neighbour[rows], second, g, mirror=False).clamp(0, 1) * 2 - 1
 
 
 if __name__ == "__main__":
