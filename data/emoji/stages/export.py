@@ -9,7 +9,7 @@ import torch
 from data.disk import save_json, save_tensors
 from stages.encoders import WIDTHS, build_text, build_tokenizer, build_vision
 from stages.loop import saved
-from stages.teacher import build_unet, load_teacher
+from stages.teacher import SCHEDULE, build_unet, load_teacher
 from stages.vae import build_vae
 
 
@@ -43,10 +43,8 @@ def export_pair(args, base, tokenizer, vae):
     teacher, text = load_teacher(args)
     student = build_unet(args)
     student.load_state_dict(saved(args, "student", "ema"))
-    noise = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
-             "steps_offset": 1}
-    schedulers = {"teacher": DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **noise),
-                  "student": EulerDiscreteScheduler(prediction_type="v_prediction", **noise)}
+    common = SCHEDULE | {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "steps_offset": 1}
+    schedulers = {"teacher": DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common), "student": EulerDiscreteScheduler(**common)}
     for name, unet in (("teacher", teacher), ("student", student)):
         shutil.rmtree(base / name, ignore_errors=True)
         StableDiffusionPipeline(vae=vae, text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),

@@ -11,6 +11,9 @@ from stages.loop import average_gradients, follow, make_world, opened, run, save
 from stages.vae import show
 
 
+SCHEDULE = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
+
+
 def build_unet(args):
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
@@ -24,21 +27,19 @@ def build_unet(args):
 
 def alphas_cumprod():
     """(1000,) of Stable Diffusion's scaled-linear schedule."""
-    return torch.cumprod(1 - torch.linspace(.00085 ** .5, .012 ** .5, 1000) ** 2, 0)
+    from diffusers import DDPMScheduler
+    return DDPMScheduler(**SCHEDULE).alphas_cumprod
 
 
-def ddim(unet, noise, text, empty, steps, guidance):
-    """Deterministic DDIM from pure noise with classifier-free guidance; returns z (B, C, 8, 8)."""
-    bar, z = alphas_cumprod().to(noise), noise
-    times = torch.linspace(999, 0, steps + 1).round().long()
-    for now, then in zip(times[:-1], times[1:]):
-        v = unet(torch.cat([z, z]), now, torch.cat([text, empty])).sample.float()
-        v, v0 = v.chunk(2)
-        v = v0 + guidance * (v - v0)
-        a, s = bar[now].sqrt(), (1 - bar[now]).sqrt()
-        x0, eps = a * z - s * v, s * z + a * v
-        b = bar[then] if then > 0 else torch.ones_like(bar[0])
-        z = b.sqrt() * x0 + (1 - b).sqrt() * eps
+def sample(unet, noise, text, empty, steps, guidance):
+    """DPM-Solver++ (2M; Lu et al. 2022, arXiv 2211.01095) from pure noise with classifier-free guidance; returns z (B, C, 8, 8)."""
+    from diffusers import DPMSolverMultistepScheduler
+    scheduler = DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing", **SCHEDULE)
+    scheduler.set_timesteps(steps, device=noise.device)
+    z = noise
+    for t in scheduler.timesteps:
+        v, v0 = unet(torch.cat([z, z]), t, torch.cat([text, empty])).sample.float().chunk(2)
+        z = scheduler.step(v0 + guidance * (v - v0), t, z).prev_sample
     return z
 
 
@@ -57,10 +58,10 @@ def load_teacher(args):
 
 
 class Muon(torch.optim.Muon):
-    """For weights of any shape, as matrices (out, rest); steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982)."""
+    """For contiguous weights of any shape, as matrices (out, rest); steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982)."""
     def __init__(self, weights, lr):
         self.weights = weights
-        super().__init__([nn.Parameter(w.detach().flatten(1)) for w in weights], lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
+        super().__init__([nn.Parameter(w.detach().view(len(w), -1)) for w in weights], lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
 
     def step(self):
         for matrix, w in zip(self.param_groups[0]["params"], self.weights):
@@ -125,7 +126,7 @@ def train_teacher(args):
 
     @torch.no_grad()
     def preview():
-        z = ddim(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 16, args.guidance)
+        z = sample(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 8, args.guidance)
         return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
 
     run("teacher", args, {"unet": unet, "text": text, "ema": ema}, optimizers, draw, step, preview)
