@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-from stages.encoders import WIDTHS, train_encoder
+from stages.encoders import WIDTHS, build_tokenizer, train_encoder
 from stages.export import export
 from stages.latents import channels, code
 from stages.score import measure
@@ -87,6 +87,7 @@ def main(argv=None):
     if args.init and not (Path(args.work) / "tokenizer").exists():
         shutil.copytree(Path(args.init) / "teacher" / "tokenizer", Path(args.work) / "tokenizer")
     if "RANK" in os.environ and not dist.get_rank():
+        build_tokenizer(Path(args.work) / "tokenizer")
         code(args)
         dist.barrier()
     STAGES[args.stage](args)
