@@ -33,7 +33,7 @@ def make_pairs(args):
         for _ in tqdm(range(args.steps), desc="pairs", mininterval=5):
             ids = tokenize(tokenizer, world.sample(args.batch, g).captions, args.device)
             noise = torch.randn(args.batch, args.channels, 8, 8, generator=g).to(args.device)
-            z = sample(unet, noise, text(ids).last_hidden_state, empty, 8, args.guidance)
+            z = sample(unet, noise, text(ids).last_hidden_state, empty, args.guidance)
             for k, v in (("noise", noise.half()), ("z", z.half()), ("ids", ids.short())):
                 rows[k].append(v)
     save_tensors(Path(args.work) / f"pairs_{args.seed}.safetensors", {k: torch.cat(v) for k, v in rows.items()})
@@ -122,7 +122,7 @@ def train_student(args):
         context, empty = (text(tokenize(tokenizer, c, args.device)).last_hidden_state for c in (fixed.captions, [""] * 24))
         t = torch.full((24,), 999, device=args.device)
         z = predict(ema, (1 - bar[999]).sqrt() * start, t, context)
-        teacher = sample(trunk, start, context, empty, 8, args.guidance)
+        teacher = sample(trunk, start, context, empty, args.guidance)
         return torch.stack([show(args, linear, teacher), show(args, linear, z)], 1).flatten(0, 1)
 
     run("student", args, {"unet": unet, "ema": ema, "critic": critic}, {"unet": optimizer, "critic": critic_optimizer}, draw, step, preview)

@@ -31,7 +31,7 @@ def alphas_cumprod():
     return DDPMScheduler(**SCHEDULE).alphas_cumprod
 
 
-def sample(unet, noise, text, empty, steps, guidance):
+def sample(unet, noise, text, empty, guidance, steps=8):
     """DPM-Solver++ (2M; Lu et al. 2022, arXiv 2211.01095) from pure noise with classifier-free guidance; returns z (B, C, 8, 8)."""
     from diffusers import DPMSolverMultistepScheduler
     scheduler = DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing", **SCHEDULE)
@@ -126,7 +126,7 @@ def train_teacher(args):
 
     @torch.no_grad()
     def preview():
-        z = sample(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, 8, args.guidance)
+        z = sample(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, args.guidance)
         return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
 
     run("teacher", args, {"unet": unet, "text": text, "ema": ema}, optimizers, draw, step, preview)
