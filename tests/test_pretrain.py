@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from stages import encoders, loop, teacher
+from stages import encoders, loop, student, teacher
 from world import World, words
 
 BASE = str(ROOT / "data/emoji/base")
@@ -61,6 +61,25 @@ def test_muon_turns_what_multiplies_and_leaves_the_rest_to_adamw():
     assert [w.numel() for w in handled] == [before.numel(), 16, 72, 8, 8]
 
 
+def test_a_student_takes_the_one_step_that_training_and_sampling_take(pair):
+    noise, context = torch.randn(2, *pair.latent_shape, generator=torch.Generator().manual_seed(0)), pair.text(["a dog", "a cat"])
+    with torch.no_grad():
+        assert torch.allclose(student.one_step(pair.teacher.unet, noise, context), pair.teacher.one_step(noise, context), atol=1e-5)  # both predict v
+
+
+def test_matching_moves_a_student_to_where_the_guided_teacher_and_not_the_fake_would_have_it():
+    g, bar = torch.Generator().manual_seed(0), teacher.alphas_cumprod()
+    z, eps, t, context, empty = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 3, 4, 4, generator=g), torch.tensor([100, 900]), torch.ones(2, 1, 1), torch.zeros(1, 1, 1)
+
+    def knows(of_prompt, of_empty):  # the clean latent, whatever the noise
+        def unet(z_t, t, context):
+            x, a = torch.where(context.view(-1, 1, 1, 1) > 0, of_prompt, of_empty), bar[t].sqrt().view(-1, 1, 1, 1)
+            return type("", (), {"sample": (a * z_t - x) / (1 - a ** 2).sqrt()})
+        return unet
+    step = student.away_from_teacher(z, t, eps, knows(.5, .1), knows(.2, 9.), context, empty, 2.)
+    assert torch.allclose(step, (.2 - .9) / (z - .9).abs().mean((1, 2, 3), keepdim=True) * torch.ones_like(z), atol=1e-3)  # .9 = .1 + 2 (.5 - .1)
+
+
 def test_the_tokenizer_comes_out_the_same_every_time_with_a_token_for_each_word():
     first, second = (encoders.build_tokenizer(name) for name in ("first", "second"))
     assert first.get_vocab() == second.get_vocab()
@@ -92,9 +111,12 @@ def test_from_the_shipped_encoders_through_every_stage_to_a_pair_that_draws():
     stage("pairs", "--steps", 1)
     moved = weights(stage("student", "--steps", 2))
     assert not torch.equal(moved["ema/conv_in.weight"], weights(Path("work/teacher"))["ema/0.conv_in.weight"])
+    matched = weights(stage("match", "--steps", 2))
+    assert not torch.equal(matched["ema/conv_in.weight"], moved["ema/conv_in.weight"]) and not torch.equal(matched["fake/conv_in.weight"], matched["ema/conv_in.weight"])
     stage("export", "--base", "base")
     from data.base import load_encoders, load_pair
     pair, training_family = load_pair("base", "<v>", "dog"), load_encoders("base")
+    assert torch.equal(pair.student.unet.conv_in.weight, matched["ema/conv_in.weight"].half().float())
     assert set(training_family) == {"identity", "clip"} and pair.latent_shape == (24, 8, 8)
     with torch.no_grad():
         x = pair.decode(pair.student.sample(torch.randn(2, *pair.latent_shape), pair.text(["a dog", "a cat"]), 1))

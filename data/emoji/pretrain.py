@@ -8,7 +8,8 @@
     python data/emoji/pretrain.py judge_names      # names the objects of a picture, one or two
     torchrun --nproc_per_node=2 data/emoji/pretrain.py teacher    # one thread a process; plain python works too
     python data/emoji/pretrain.py pairs --seed 0   # teacher samples to distil; any number of seeds, in parallel
-    torchrun --nproc_per_node=2 data/emoji/pretrain.py student
+    torchrun --nproc_per_node=2 data/emoji/pretrain.py student   # regression on them
+    torchrun --nproc_per_node=2 data/emoji/pretrain.py match     # and distribution matching
     python data/emoji/pretrain.py export           # data/emoji/base in the diffusers layout
     python data/emoji/pretrain.py measure          # what the judges say of it
 
@@ -38,9 +39,10 @@ RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old 
     "clip": dict(steps=3000, batch=128, lr=2e-3), "identity": dict(steps=2000, batch=64, lr=2e-3),
     "judge_clip": dict(steps=4000, batch=128, lr=2e-3), "judge_identity": dict(steps=3000, batch=64, lr=2e-3), "judge_names": dict(steps=4000, batch=128, lr=2e-3),
     "vae": dict(steps=7000, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
-    "pairs": dict(steps=400, batch=64, lr=0.), "student": dict(steps=12000, batch=48, lr=3e-4),
+    "pairs": dict(steps=400, batch=64, lr=0.), "student": dict(steps=4000, batch=48, lr=5e-4),
+    "match": dict(steps=4000, batch=32, lr=5e-4),
     "export": {}, "measure": {}}
-STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student,
+STAGES = {"vae": train_vae, "teacher": train_teacher, "pairs": make_pairs, "student": train_student, "match": train_student,
           "export": export, "measure": measure} | dict.fromkeys(WIDTHS, train_encoder)
 
 
@@ -70,7 +72,8 @@ def main(argv=None):
     p.add_argument("--channels", type=int, default=24, help="width of the latent code, if --init does not say it")
     p.add_argument("--sharpen", type=float, default=.2, help="share of the vae's steps after which it is asked for sharpness (1: never)")
     p.add_argument("--vae_noise", type=float, default=.6, help="noise on the codes that the decoder learns from, at most: at .25 it sharpens a student's errors, too")
-    p.add_argument("--gan", type=float, default=.5, help="weight of realness against regression, by gradient norm at z")
+    p.add_argument("--gan", type=float, default=.5, help="vae: weight of realness against exactness, by gradient norm at the picture")
+    p.add_argument("--anchor", type=float, default=.25, help="match: weight of the regression on pairs")
     p.add_argument("--samples", type=int, default=500, help="prompts that `measure` draws")
     p.add_argument("--log_every", type=int, default=50)
     p.add_argument("--save_every", type=int, default=500)

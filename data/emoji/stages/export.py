@@ -19,14 +19,14 @@ def export(args):
     What has no checkpoint there stays as it is: a new decoder or judge alone needs no new pair.
     """
     work, base = Path(args.work), Path(args.base)
-    ran = {stage for stage in [*WIDTHS, "vae", "teacher", "student"] if (work / stage / "checkpoint.safetensors").exists()}
+    ran = {stage for stage in [*WIDTHS, "vae", "teacher", "student", "match"] if (work / stage / "checkpoint.safetensors").exists()}
     tokenizer, vae = build_tokenizer(work / "tokenizer"), build_vae(args)
     if "vae" in ran:
         vae.load_state_dict(saved(args, "vae", "ema"))
     else:
         vae = type(vae).from_pretrained(base / "teacher", subfolder="vae")
-    if "student" in ran:
-        export_pair(args, base, tokenizer, vae.half())
+    if ran & {"student", "match"}:
+        export_pair(args, base, tokenizer, vae.half(), "match" if "match" in ran else "student")
     elif "vae" in ran:
         shutil.rmtree(base / "teacher" / "vae")
         vae.half().save_pretrained(base / "teacher" / "vae")
@@ -38,11 +38,11 @@ def export(args):
     print(f"{base}: {size / 1e6:.1f} MB; written: {', '.join(sorted(ran))}")
 
 
-def export_pair(args, base, tokenizer, vae):
+def export_pair(args, base, tokenizer, vae, stage):
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
     teacher, text = load_teacher(args)
     student = build_unet(args)
-    student.load_state_dict(saved(args, "student", "ema"))
+    student.load_state_dict(saved(args, stage, "ema"))
     common = SCHEDULE | {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "steps_offset": 1}
     schedulers = {"teacher": DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common), "student": EulerDiscreteScheduler(**common)}
     for name, unet in (("teacher", teacher), ("student", student)):

@@ -94,6 +94,16 @@ def average_gradients(module):
             x.copy_(y.view_as(x))
 
 
+def descend(module, loss, optimizers):
+    """One step of all the optimizers of a module, with gradients averaged over processes and clipped to norm 1."""
+    module.zero_grad()
+    loss.backward()
+    average_gradients(module)
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
 def follow(ema, model, step, decay=.999):
     """One step of the exponential moving average of the parameters."""
     decay = min(decay, (step + 1) / (step + 10))

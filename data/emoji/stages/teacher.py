@@ -1,4 +1,5 @@
 """Stage teacher: v-prediction on Stable Diffusion's schedule."""
+import functools
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from data.base import load_pair
 from stages.encoders import build_text, build_tokenizer, tokenize
 from stages.latents import code, to_latents
-from stages.loop import average_gradients, follow, make_world, opened, run, saved
+from stages.loop import descend, follow, make_world, opened, run, saved
 from stages.vae import show
 
 
@@ -25,10 +26,29 @@ def build_unet(args):
     return unet
 
 
+@functools.cache
 def alphas_cumprod():
     """(1000,) of Stable Diffusion's scaled-linear schedule."""
     from diffusers import DDPMScheduler
     return DDPMScheduler(**SCHEDULE).alphas_cumprod
+
+
+def noised(z, t, eps):
+    """z (B, C, 8, 8) at the noise levels t (B,)."""
+    a = alphas_cumprod().to(z)[t].sqrt().view(-1, 1, 1, 1)
+    return a * z + (1 - a ** 2).sqrt() * eps
+
+
+def clean(unet, z_t, t, context):
+    """The z that a network of v sees in z_t (B, C, 8, 8)."""
+    a = alphas_cumprod().to(z_t)[t].sqrt().view(-1, 1, 1, 1)
+    return a * z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()
+
+
+def error_of_v(unet, z, t, eps, context):
+    """Mean squared error of v = alpha eps - sigma z (Salimans & Ho 2022)."""
+    a = alphas_cumprod().to(z)[t].sqrt().view(-1, 1, 1, 1)
+    return (unet(noised(z, t, eps), t, context).sample.float() - (a * eps - (1 - a ** 2).sqrt() * z)).square().mean()
 
 
 def sample(unet, noise, text, empty, guidance, steps=8):
@@ -91,7 +111,6 @@ def train_teacher(args):
     both = nn.ModuleList([unet, text]).to(args.device)
     ema.load_state_dict(both.state_dict())
     optimizers = muon_and_adamw(both, args.lr)
-    bar = alphas_cumprod().to(args.device)
     if args.compile:
         unet.compile()
 
@@ -106,17 +125,9 @@ def train_teacher(args):
 
     def step(batch):
         z, ids, t, eps = (x.to(args.device) for x in batch[:4])
-        a = bar[t].sqrt().view(-1, 1, 1, 1)
-        s = (1 - a ** 2).sqrt()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            out = unet(a * z + s * eps, t, text(ids).last_hidden_state.repeat(args.noises, 1, 1)).sample
-        loss = (out.float() - (a * eps - s * z)).square().mean()
-        both.zero_grad()
-        loss.backward()
-        average_gradients(both)
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
+            loss = error_of_v(unet, z, t, eps, text(ids).last_hidden_state.repeat(args.noises, 1, 1))
+        descend(both, loss, optimizers)
         follow(ema, both, batch[4], .999)
         return {"v": loss}
 
