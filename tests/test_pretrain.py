@@ -64,19 +64,22 @@ def test_muon_turns_what_multiplies_and_leaves_the_rest_to_adamw():
 def test_a_student_takes_the_one_step_that_training_and_sampling_take(pair):
     noise, context = torch.randn(2, *pair.latent_shape, generator=torch.Generator().manual_seed(0)), pair.text(["a dog", "a cat"])
     with torch.no_grad():
-        assert torch.allclose(student.one_step(pair.teacher.unet, noise, context), pair.teacher.one_step(noise, context), atol=1e-5)  # both predict v
+        assert torch.allclose(teacher.denoiser(pair.teacher.unet).one_step(noise, context), pair.teacher.one_step(noise, context), atol=1e-5)  # both predict v
 
 
 def test_matching_moves_a_student_to_where_the_guided_teacher_and_not_the_fake_would_have_it():
-    g, bar = torch.Generator().manual_seed(0), teacher.alphas_cumprod()
-    z, eps, t, context, empty = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 3, 4, 4, generator=g), torch.tensor([100, 900]), torch.ones(2, 1, 1), torch.zeros(1, 1, 1)
+    class Knows(torch.nn.Linear):  # the clean latent, whatever the noise
+        def __init__(self, of_prompt, of_empty):
+            super().__init__(1, 1)
+            self.x = of_prompt, of_empty
 
-    def knows(of_prompt, of_empty):  # the clean latent, whatever the noise
-        def unet(z_t, t, context):
-            x, a = torch.where(context.view(-1, 1, 1, 1) > 0, of_prompt, of_empty), bar[t].sqrt().view(-1, 1, 1, 1)
+        def forward(self, z_t, t, context):
+            x, a = torch.where(context.view(-1, 1, 1, 1) > 0, *self.x), bar[t].sqrt().view(-1, 1, 1, 1)
             return type("", (), {"sample": (a * z_t - x) / (1 - a ** 2).sqrt()})
-        return unet
-    step = student.away_from_teacher(z, t, eps, knows(.5, .1), knows(.2, 9.), context, empty, 2.)
+    of_teacher, of_fake = (teacher.denoiser(Knows(*x)) for x in ((.5, .1), (.2, 9.)))
+    g, bar = torch.Generator().manual_seed(0), of_fake.alphas_cumprod
+    z, eps, t, context, empty = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 3, 4, 4, generator=g), torch.tensor([100, 900]), torch.ones(2, 1, 1), torch.zeros(1, 1, 1)
+    step = student.away_from_teacher(z, t, eps, of_teacher, of_fake, context, empty, 2.)
     assert torch.allclose(step, (.2 - .9) / (z - .9).abs().mean((1, 2, 3), keepdim=True) * torch.ones_like(z), atol=1e-3)  # .9 = .1 + 2 (.5 - .1)
 
 

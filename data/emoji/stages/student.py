@@ -17,7 +17,7 @@ from data.disk import save_tensors
 from stages.encoders import build_tokenizer, tokenize
 from stages.latents import code
 from stages.loop import descend, follow, make_world, run, saved
-from stages.teacher import alphas_cumprod, build_unet, clean, error_of_v, load_teacher, muon_and_adamw, noised, sample
+from stages.teacher import STEPS, build_unet, denoiser, error_of_v, load_teacher, muon_and_adamw
 from stages.vae import show
 
 FAKE_STEPS = 2  # of the network that learns what the student draws, for each of the student's
@@ -26,26 +26,21 @@ FAKE_STEPS = 2  # of the network that learns what the student draws, for each of
 def make_pairs(args):
     """Sample the teacher: `steps` batches of (noise, caption, z0) into pairs_SEED.safetensors."""
     unet, text = load_teacher(args)
+    teacher = denoiser(unet)
     if args.compile:
         unet.compile()
     world, tokenizer = make_world(args), build_tokenizer(Path(args.work) / "tokenizer")
     g = torch.Generator().manual_seed(900 + args.seed)
     rows = {"noise": [], "z": [], "ids": []}
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-        empty = text(tokenize(tokenizer, [""] * args.batch, args.device)).last_hidden_state
+        empty = text(tokenize(tokenizer, [""], args.device)).last_hidden_state
         for _ in tqdm(range(args.steps), desc="pairs", mininterval=5):
             ids = tokenize(tokenizer, world.sample(args.batch, g).captions, args.device)
             noise = torch.randn(args.batch, args.channels, 8, 8, generator=g).to(args.device)
-            z = sample(unet, noise, text(ids).last_hidden_state, empty, args.guidance)
+            z = teacher.sample(noise, text(ids).last_hidden_state, STEPS, empty, args.guidance)
             for k, v in (("noise", noise.half()), ("z", z.half()), ("ids", ids.short())):
                 rows[k].append(v)
     save_tensors(Path(args.work) / f"pairs_{args.seed}.safetensors", {k: torch.cat(v) for k, v in rows.items()})
-
-
-def one_step(unet, noise, context):
-    """A student's picture of pure noise (B, C, 8, 8)."""
-    t = torch.full((len(noise),), 999, device=noise.device)
-    return clean(unet, (1 - alphas_cumprod()[999]).sqrt() * noise, t, context)
 
 
 @torch.no_grad()
@@ -54,27 +49,33 @@ def away_from_teacher(z, t, eps, teacher, fake, context, empty, guidance):
 
     fake knows the student's pictures: its score less the teacher's is the gradient of the KL divergence of the two (DMD, eq. 7, 8).
     """
-    z_t = noised(z, t, eps)
-    prompted, free = clean(teacher, torch.cat([z_t, z_t]), t.repeat(2), torch.cat([context, empty.expand(len(z), -1, -1)])).chunk(2)
-    real = free + guidance * (prompted - free)
-    return (clean(fake, z_t, t, context) - real) / (z - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=.05)
+    z_t = teacher.add_noise(z, eps, t)
+    real = teacher.denoise(z_t, t, context, empty, guidance)
+    return (fake.x0(z_t, t, context) - real) / (z - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=.05)
 
 
 def train_student(args):
     """Both stages; `match` goes on from the averaged weights of `student`."""
     torch.manual_seed(args.seed + 50)
     matching = args.stage == "match"
-    trunk, text = load_teacher(args)
+    unet, text = load_teacher(args)
+    teacher = denoiser(unet)
     world, linear = make_world(args), code(args)
     tokenizer = build_tokenizer(Path(args.work) / "tokenizer")
-    unet, ema, fake = (build_unet(args).to(args.device) for _ in range(3))
-    for network in (unet, ema):
-        network.load_state_dict(saved(args, "student", "ema") if matching else trunk.state_dict())
-    fake.load_state_dict(trunk.state_dict())
+    student, ema = (denoiser(build_unet(args).to(args.device)) for _ in range(2))
+    start = saved(args, "student", "ema") if matching else unet.state_dict()
+    for network in (student, ema):
+        network.unet.load_state_dict(start)
     ema.requires_grad_(False)
-    optimizers, fake_optimizers = muon_and_adamw(unet, args.lr), muon_and_adamw(fake, args.lr)
+    optimizers = muon_and_adamw(student.unet, args.lr)
+    modules, handled = {"unet": student.unet, "ema": ema.unet}, optimizers
+    if matching:
+        fake = denoiser(build_unet(args).to(args.device))
+        fake.unet.load_state_dict(unet.state_dict())
+        fake_optimizers = muon_and_adamw(fake.unet, args.lr)
+        modules, handled = modules | {"fake": fake.unet}, optimizers | {f"fake_{k}": o for k, o in fake_optimizers.items()}
     if args.compile:
-        unet.compile()
+        student.unet.compile()
     shards = [load_file(p, device=args.device) for p in sorted(Path(args.work).glob("pairs_*.safetensors"))]
     noise, target, captions = (torch.cat([s[k] for s in shards]) for k in ("noise", "z", "ids"))
     print(f"{len(noise)} pairs")
@@ -82,7 +83,7 @@ def train_student(args):
         empty = text(tokenize(tokenizer, [""], args.device)).last_hidden_state
 
     def draw(i, g):
-        n, several = args.batch, (1 + FAKE_STEPS, args.batch)
+        n, several = args.batch, (1 + FAKE_STEPS if matching else 0, args.batch)
         t = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor([.7, .12, .1, .08]), n, True, generator=g)]
         return (torch.randint(len(noise), (n,), generator=g), t, torch.randn(n, args.channels, 8, 8, generator=g),
                 torch.randint(20, 980, several, generator=g), torch.randn(*several, args.channels, 8, 8, generator=g), i)
@@ -94,28 +95,27 @@ def train_student(args):
         with torch.no_grad():
             context = text(captions[row].long()).last_hidden_state
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            z = clean(unet, noised(torch.where(first, 0, z0), t, torch.where(first, eps, fresh)), t, context)
+            z = student.x0(student.add_noise(torch.where(first, 0, z0), torch.where(first, eps, fresh), t), t, context)
             loss = F.smooth_l1_loss(z, z0, beta=.5, reduction="none")
             losses = {"regression": loss.mean()}
             if matching:
-                gradient = away_from_teacher(z.detach(), levels[0], noises[0], trunk, fake, context, empty, args.guidance)
+                gradient = away_from_teacher(z.detach(), levels[0], noises[0], teacher, fake, context, empty, args.guidance)
                 loss = torch.where(first, args.anchor * loss + z * gradient, loss)
-        descend(unet, loss.mean(), optimizers)
-        follow(ema, unet, batch[5])
-        for t, eps in zip(levels[1:], noises[1:]) if matching else ():
+        descend(student, loss.mean(), optimizers)
+        follow(ema, student, batch[5])
+        for t, eps in zip(levels[1:], noises[1:]):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 losses["fake"] = error_of_v(fake, z.detach(), t, eps, context)
             descend(fake, losses["fake"], fake_optimizers)
         return losses
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
-    start = torch.randn(24, args.channels, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
+    fixed_noise = torch.randn(24, args.channels, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
 
     @torch.no_grad()
     def preview():
-        context, blank = (text(tokenize(tokenizer, c, args.device)).last_hidden_state for c in (fixed.captions, [""] * 24))
-        teacher = sample(trunk, start, context, blank, args.guidance)
-        return torch.stack([show(args, linear, z) for z in (teacher, one_step(ema, start, context))], 1).flatten(0, 1)
+        context = text(tokenize(tokenizer, fixed.captions, args.device)).last_hidden_state
+        drawn = teacher.sample(fixed_noise, context, STEPS, empty, args.guidance), ema.one_step(fixed_noise, context)
+        return torch.stack([show(args, linear, z) for z in drawn], 1).flatten(0, 1)
 
-    modules, fakes = {"unet": unet, "ema": ema}, {f"fake_{k}": o for k, o in fake_optimizers.items()}
-    run(args.stage, args, modules | {"fake": fake} if matching else modules, optimizers | fakes if matching else optimizers, draw, step, preview)
+    run(args.stage, args, modules, handled, draw, step, preview)

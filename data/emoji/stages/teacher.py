@@ -1,17 +1,18 @@
 """Stage teacher: v-prediction on Stable Diffusion's schedule."""
-import functools
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from data.base import load_pair
+from model import Denoiser
 from stages.encoders import build_text, build_tokenizer, tokenize
 from stages.latents import code, to_latents
 from stages.loop import descend, follow, make_world, opened, run, saved
 from stages.vae import show
 
 
+STEPS = 8  # of the teacher's samples
 SCHEDULE = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
 
 
@@ -26,41 +27,16 @@ def build_unet(args):
     return unet
 
 
-@functools.cache
-def alphas_cumprod():
-    """(1000,) of Stable Diffusion's scaled-linear schedule."""
-    from diffusers import DDPMScheduler
-    return DDPMScheduler(**SCHEDULE).alphas_cumprod
-
-
-def noised(z, t, eps):
-    """z (B, C, 8, 8) at the noise levels t (B,)."""
-    a = alphas_cumprod().to(z)[t].sqrt().view(-1, 1, 1, 1)
-    return a * z + (1 - a ** 2).sqrt() * eps
-
-
-def clean(unet, z_t, t, context):
-    """The z that a network of v sees in z_t (B, C, 8, 8)."""
-    a = alphas_cumprod().to(z_t)[t].sqrt().view(-1, 1, 1, 1)
-    return a * z_t - (1 - a ** 2).sqrt() * unet(z_t, t, context).sample.float()
-
-
-def error_of_v(unet, z, t, eps, context):
-    """Mean squared error of v = alpha eps - sigma z (Salimans & Ho 2022)."""
-    a = alphas_cumprod().to(z)[t].sqrt().view(-1, 1, 1, 1)
-    return (unet(noised(z, t, eps), t, context).sample.float() - (a * eps - (1 - a ** 2).sqrt() * z)).square().mean()
-
-
-def sample(unet, noise, text, empty, guidance, steps=8):
-    """DPM-Solver++ (2M; Lu et al. 2022, arXiv 2211.01095) from pure noise with classifier-free guidance; returns z (B, C, 8, 8)."""
+def denoiser(unet):
+    """A UNet with Stable Diffusion's schedule, sampled by DPM-Solver++ (2M; Lu et al. 2022, arXiv 2211.01095)."""
     from diffusers import DPMSolverMultistepScheduler
     scheduler = DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing", **SCHEDULE)
-    scheduler.set_timesteps(steps, device=noise.device)
-    z = noise
-    for t in scheduler.timesteps:
-        v, v0 = unet(torch.cat([z, z]), t, torch.cat([text, empty])).sample.float().chunk(2)
-        z = scheduler.step(v0 + guidance * (v - v0), t, z).prev_sample
-    return z
+    return Denoiser(unet, scheduler).to(next(unet.parameters()).device)
+
+
+def error_of_v(network, z, t, eps, context):
+    """Mean squared error of a Denoiser's v at z (B, C, 8, 8) noised to t (B,)."""
+    return (network(network.add_noise(z, eps, t), t, context) - network.target(z, eps, t)).square().mean()
 
 
 def shipped_teacher(args):
@@ -111,6 +87,7 @@ def train_teacher(args):
     both = nn.ModuleList([unet, text]).to(args.device)
     ema.load_state_dict(both.state_dict())
     optimizers = muon_and_adamw(both, args.lr)
+    model, averaged = denoiser(unet), denoiser(ema[0])
     if args.compile:
         unet.compile()
 
@@ -126,18 +103,18 @@ def train_teacher(args):
     def step(batch):
         z, ids, t, eps = (x.to(args.device) for x in batch[:4])
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            loss = error_of_v(unet, z, t, eps, text(ids).last_hidden_state.repeat(args.noises, 1, 1))
+            loss = error_of_v(model, z, t, eps, text(ids).last_hidden_state.repeat(args.noises, 1, 1))
         descend(both, loss, optimizers)
         follow(ema, both, batch[4], .999)
         return {"v": loss}
 
     fixed = world.sample(24, torch.Generator().manual_seed(5))
-    ids, empty = tokenize(tokenizer, fixed.captions, args.device), tokenize(tokenizer, [""] * 24, args.device)
+    ids, empty = (tokenize(tokenizer, captions, args.device) for captions in (fixed.captions, [""]))
     noise = torch.randn(24, args.channels, 8, 8, generator=torch.Generator().manual_seed(6)).to(args.device)
 
     @torch.no_grad()
     def preview():
-        z = sample(ema[0], noise, ema[1](ids).last_hidden_state, ema[1](empty).last_hidden_state, args.guidance)
+        z = averaged.sample(noise, ema[1](ids).last_hidden_state, STEPS, ema[1](empty).last_hidden_state, args.guidance)
         return torch.stack([fixed.images, show(args, linear, z).cpu()], 1).flatten(0, 1)
 
     run("teacher", args, {"unet": unet, "text": text, "ema": ema}, optimizers, draw, step, preview)

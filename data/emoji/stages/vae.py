@@ -9,7 +9,7 @@ from data.emoji.autoencoder import PatchAutoencoder
 from measure import edge_energy
 from stages.encoders import build_vision
 from stages.latents import PATCH, code, from_latents, to_latents
-from stages.loop import follow, make_world, opened, run, saved
+from stages.loop import descend, follow, make_world, opened, run, saved
 
 
 def build_vae(args):
@@ -64,7 +64,7 @@ def train_vae(args):
     vae.set_code(**linear)
     ema.load_state_dict(vae.state_dict())
     critic = PixelCritic().to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4, fused=True)
+    optimizers = {"vae": torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4, fused=True)}
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr / 2, betas=(.5, .99), fused=True)
     fixed = world.sample(256, torch.Generator().manual_seed(1)).images
     vision = None
@@ -95,10 +95,7 @@ def train_vae(args):
                 realness = critic(out).float().mean()
             g_l, g_r = (torch.autograd.grad(v, out, retain_graph=True)[0].norm() for v in (loss, realness))
             loss = loss - ramp * args.gan * (g_l / g_r.clamp(min=1e-8)) * realness
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(vae, loss, optimizers)
         follow(ema, vae, i, .998)
         if ramp > 0:
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -116,4 +113,4 @@ def train_vae(args):
         print(" ".join(f"{k}: {psnr(v, fixed):.2f} dB, edges {edge_energy(v) / edge_energy(fixed):.3f} of real" for k, v in rows.items()), flush=True)
         return torch.stack([fixed[:32], *(v[:32] for v in rows.values())], 1).flatten(0, 1)
 
-    run("vae", args, {"vae": vae, "ema": ema, "critic": critic}, {"vae": optimizer, "critic": critic_optimizer}, draw, step, preview)
+    run("vae", args, {"vae": vae, "ema": ema, "critic": critic}, optimizers | {"critic": critic_optimizer}, draw, step, preview)
