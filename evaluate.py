@@ -9,8 +9,8 @@ Scores, all means (paper, Sec. 4):
 CLIP-T     cosine of picture and prompt without the token
 CLIP-I     cosine over all pairs of pictures and photos, by the contrastive encoder
 DINO       the same by the instance-discriminating encoder
-identity   DINO over the prompts that put no adjective before the subject: DINO over all also rewards a model that
-           will not draw "a red dog" red (as both reward one that leaves out the hat of "a dog next to a hat", which obeyed counts)
+identity   DINO over the prompts of the subject alone and without an adjective: DINO over all also rewards a model that
+           will not draw "a red dog" red, and one that leaves out the hat of "a dog next to a hat"
 drift      1 - cosine of one-step pictures of unrelated prompts, before and after, same noise
 diversity  1 - cosine between seeds of one prompt
 In the emoji world also exact truths, read by probes: place, number of objects and colour as the prompt asks; and
@@ -177,7 +177,7 @@ class Truths:
     their accuracy on fresh pictures of held-out sprites.
     """
 
-    def __init__(self, encoder, namer, samples=3000, penalty=1e-3):
+    def __init__(self, encoder, namer, samples=6000, penalty=1e-2):
         sys.path.insert(0, str(Path(__file__).parent / "data" / "emoji"))
         import measure
         import world
@@ -199,7 +199,7 @@ class Truths:
         g = torch.Generator().manual_seed(seed)
         batch = drawn.sample(n, g)
         empty = torch.rand(n, generator=g) < .1
-        images = torch.where(empty[:, None, None, None], drawn.canvas(batch.place, g) * 2 - 1, batch.images)
+        images = torch.where(empty[:, None, None, None], drawn.empty(batch.place, g) * 2 - 1, batch.images)
         count = torch.where(empty, 0, 1 + (batch.beside >= 0).long())
         colour = torch.where(count == 1, batch.colour, -1)
         return self.features(images), {"place": batch.place, "count": count, "colour": colour}
@@ -271,8 +271,8 @@ def draw(pair, model, prompts, num_seeds, guidance):
 
 
 def as_it_is(template):
-    """Whether a template asks for the subject without an adjective: "a {} at night", not "a red {}"."""
-    return re.search(r"\b(a|an|the|one) {}", template) is not None
+    """Whether a template asks for the subject alone and without an adjective: "a {} at night", not "a red {}" or "a {} next to a hat"."""
+    return re.search(r"\b(a|an|the|one) {}(?! next to)", template) is not None
 
 
 class Scorer:

@@ -110,6 +110,12 @@ def test_the_probes_find_in_the_worlds_own_drawings_what_the_prompts_ask():
     assert abs(right["KID"]) < 10 and mosaic["KID"] > 30, mosaic
 
 
+@pytest.mark.parametrize("template, kept", [("a {} at night", True), ("a photo of the {}", True), ("a red {}", False), ("a small {} in the snow", False),
+                                            ("a {} next to a hat", False), ("a red {} next to a hat", False)])
+def test_identity_is_asked_of_the_subject_alone_and_as_it_is(template, kept):
+    assert evaluate.as_it_is(template) == kept
+
+
 def test_none_of_likeness_obedience_and_drawing_makes_up_for_another():
     assert evaluate.all_three(1, 1, 1, -3) == 1 and evaluate.all_three(.5, .5, 1, 100) == pytest.approx(.5)
     assert evaluate.all_three(1, 1, 2, 0) == evaluate.all_three(1, 1, .5, 0) < evaluate.all_three(.9, .9, .9, 0)

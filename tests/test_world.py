@@ -174,3 +174,16 @@ def test_free_illustrations_hold_what_the_templates_ask_and_are_never_mirrored(m
     assert pictures.shape == (3, 3, SIZE, SIZE) and pictures[0].mean() < pictures[2].mean() - .5  # night, snow
     assert pixels[0] <= 32 and pixels[2] >= 56 and not flip.any() and not other_flip.any()
     assert centre[1, 0] * beside[0, 0] < 0 or abs(centre[1, 0] - beside[0, 0]) > .5
+
+
+def test_the_neighbour_of_an_illustration_is_one_that_the_pair_has_seen(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(World, "dress", lambda self, sprite, *a, real=World.dress, **k: drawn.append([self.entries[i]["split"] for i in sprite]) or real(self, sprite, *a, **k))
+    illustrate("dog face", ["a {} next to a cat"] * 8, torch.Generator().manual_seed(0))  # a cat is held out, too
+    assert drawn == [["held_out"] * 8, ["pretrain"] * 8]
+
+
+@pytest.mark.parametrize("freedom", [0., .7])
+def test_an_empty_place_is_that_place(freedom):
+    night, snow = World(freedom=freedom).empty(torch.tensor([PLACES.index("at night"), PLACES.index("in the snow")]), torch.Generator().manual_seed(0))
+    assert night.mean() < .4 < .7 < snow.mean() and 0 <= night.min() and snow.max() <= 1

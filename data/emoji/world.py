@@ -289,6 +289,9 @@ def paint(canvas, rgba, pixels, centre, angle, flip, shadow=None):
     return canvas * (1 - drawn[:, 3:]) + drawn[:, :3]
 
 
+LIGHT = torch.tensor([.22, .09, .2, .2])[:, None]  # of what `light` takes, the most at freedom 1
+
+
 def light(images, brightness, warmth, contrast, slope):
     """Pictures (B, 3, SIZE, SIZE) in [0, 1] in another light; all four (B,), 0 changes nothing.
 
@@ -382,6 +385,12 @@ class World:
         zero = torch.zeros(n)
         return look(bank, torch.stack([zoom * mirror, zero, shift, zero, zoom, zero], 1).view(n, 2, 3)) / 255  # a quarter of the pixels by now
 
+    def empty(self, place, g):
+        """Pictures (B, 3, SIZE, SIZE) in [0, 1] of places where nothing stands."""
+        if not self.freedom:
+            return self.canvas(place, g)
+        return light(self.cropped_canvas(place, g), *self.freedom * LIGHT * (2 * torch.rand(4, len(place), generator=g) - 1)).clamp(0, 1)
+
     def extent(self, sprite, pixels, angle):
         """Half width and half height in pixels (B, 2) that sprites take up when drawn."""
         w, h = (self.box[sprite] * pixels[:, None] / 2).unbind(1)
@@ -450,7 +459,7 @@ class World:
         if k:
             drawn = paint(canvas[rows], rgba2, snap(pixels2.lerp(size2, f)), stand(centre2, spot2), angle2.lerp(tilt2, f), flip2, shadow[rows])
             canvas = canvas.index_copy(0, rows, drawn)
-        return light(canvas, .22 * u[0], .09 * u[1], .2 * u[2], .2 * u[3])
+        return light(canvas, *LIGHT * u)
 
     def individuals(self, n, g, alike=False):
         """Two pictures each of n random individuals in different places, for instance discrimination.
@@ -474,7 +483,7 @@ class World:
                 v = self.freedom * (2 * torch.rand(4, n, generator=g) - 1)
                 shadow = self.freedom * torch.tensor([.04, .06, .2]).expand(n, 3)
                 canvas = paint(self.cropped_canvas(place, g), rgba, *pose, shadow)
-                views.append(light(canvas, .22 * v[0], .09 * v[1], .2 * v[2], .2 * v[3]))
+                views.append(light(canvas, *LIGHT * v))
             else:
                 views.append(paint(self.canvas(place, g), rgba, *pose))
         return torch.stack(views).clamp(0, 1) * 2 - 1
@@ -597,7 +606,8 @@ def illustrate(name, templates, g, freedom=FREEDOM):
     centre = torch.where(two[:, None], torch.tensor([2.0, 1.0]) * 2 * GRID / SIZE, 0)
     rgba = world.dress(sprite, g, colour, torch.tensor(["spotted" in t for t in templates]), jitter=False)
     canvas = world.canvas(place, g)
-    neighbour = world.pick(beside.clamp(min=0), upright, g)
+    known = World("pretrain")  # a neighbour is one that every model and judge has seen
+    neighbour = torch.tensor([i for i, e in enumerate(world.entries) if e["split"] == "pretrain"])[known.pick(beside.clamp(min=0), upright, g)]
     other = world.dress(neighbour, g)
     rows = torch.where(two)[0]
     second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
