@@ -35,7 +35,7 @@ from stages.teacher import train_teacher
 from stages.vae import train_vae
 from world import FREEDOM
 
-RECIPE = {  # --steps, --batch (per process) and --lr override; the pair of old rests in the log
+RECIPE = {  # flags override, --batch is per process; the pair of old rests in the log
     "clip": dict(steps=3000, batch=128, lr=2e-3), "identity": dict(steps=2000, batch=64, lr=2e-3),
     "judge_clip": dict(steps=4000, batch=128, lr=2e-3), "judge_identity": dict(steps=3000, batch=64, lr=2e-3), "judge_names": dict(steps=4000, batch=128, lr=2e-3),
     "vae": dict(steps=7000, batch=16, lr=2e-3), "teacher": dict(steps=80000, batch=64, lr=1e-3),
@@ -68,7 +68,7 @@ def main(argv=None):
     p.add_argument("--lr", type=float)
     p.add_argument("--only", help="the one module of an encoder stage that learns, such as nouns; the others stay as --init has them")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance of the teacher's samples")
+    p.add_argument("--guidance", type=float, default=2.5, help="classifier-free guidance of the teacher; matching ends with 1.5, for variety")
     p.add_argument("--channels", type=int, default=24, help="width of the latent code, if --init does not say it")
     p.add_argument("--sharpen", type=float, default=.2, help="share of the vae's steps after which it is asked for sharpness (1: never)")
     p.add_argument("--vae_noise", type=float, default=.6, help="noise on the codes that the decoder learns from, at most: at .25 it sharpens a student's errors, too")

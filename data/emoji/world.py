@@ -52,7 +52,7 @@ CLOSE_UP, FLAT = 3, 4
 SIZES = {"": 48, "small": 28, "big": 56, "close-up": 64, "beside": 30}  # drawn size in pixels
 RANGES = {"": (34, 52), "small": (20, 29), "big": (54, 62), "close-up": (68, 80), "beside": (31, 42)}  # the same at freedom 1
 GRID = 8  # px of a cell of the autoencoder: a latent network is blind to shifts by whole cells only
-FREEDOM = 0.0  # of the world that the shipped pair knows
+FREEDOM = 0.7  # of the world that the shipped pair knows
 
 
 # ---------------------------------------------------------------------------------------------------------------
