@@ -606,8 +606,9 @@ def illustrate(name, templates, g, freedom=FREEDOM):
     centre = torch.where(two[:, None], torch.tensor([2.0, 1.0]) * 2 * GRID / SIZE, 0)
     rgba = world.dress(sprite, g, colour, torch.tensor(["spotted" in t for t in templates]), jitter=False)
     canvas = world.canvas(place, g)
-    known = World("pretrain")  # a neighbour is one that every model and judge has seen
-    neighbour = torch.tensor([i for i, e in enumerate(world.entries) if e["split"] == "pretrain"])[known.pick(beside.clamp(min=0), upright, g)]
+    seen = torch.tensor([e["split"] == "pretrain" for e in world.entries])  # by every model and judge, as a neighbour has to be
+    world.by_noun = [[k[seen[k]] for k in styles] for styles in world.by_noun]
+    neighbour = world.pick(beside.clamp(min=0), upright, g)
     other = world.dress(neighbour, g)
     rows = torch.where(two)[0]
     second = other[rows], pixels[rows], (centre * torch.tensor([-1.0, 1.0]))[rows], still[rows], upright[rows]
